@@ -1,8 +1,8 @@
 """Two small networks for 1- or 3-channel images, initialised from an explicit generator."""
 
+import itertools
 from collections.abc import Sequence
 
-import torch
 from torch import Generator, Tensor, nn
 
 
@@ -54,7 +54,7 @@ def mlp(sizes: Sequence[int], generator: Generator | None = None) -> nn.Sequenti
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes must hold at least two widths >= 1, got {list(sizes)}")
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         layers += [nn.ReLU()] * (i > 0) + [nn.Linear(fan_in, fan_out)]
     return initialize(nn.Sequential(*layers), generator)
 
