@@ -37,7 +37,8 @@ class Criterion:
         name: short name, for further conditions of a claim.
 
     Raises:
-        ValueError: an unknown ``op`` or ``interval``, a missing margin, a non-finite threshold, a bad fraction or level.
+        ValueError: an unknown ``op`` or ``interval``, a missing margin, a non-finite threshold, or a fraction or
+            level out of range.
 
     Reference: agarwal2021precipice.
 

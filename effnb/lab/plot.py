@@ -1,0 +1,140 @@
+"""One look for all figures: sizes, colours, direct labels, SVG with alternative text."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+#: Colour-blind-safe (Okabe and Ito): ours, baseline, second and third baseline, reference line, further lines.
+OURS, BASELINE, SECOND, THIRD, REFERENCE = "#0072B2", "#7A7A7A", "#D55E00", "#009E73", "#000000"
+MORE = ("#CC79A7", "#E69F00", "#56B4E9")
+
+
+def style() -> None:
+    """Set matplotlib's defaults for the book; call it once at the top of a notebook.
+
+    >>> style(); plt.rcParams["svg.hashsalt"]
+    'effnb'
+    """
+    plt.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "font.size": 9,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.prop_cycle": plt.cycler(color=[OURS, BASELINE, SECOND, THIRD, *MORE]),
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+            "svg.fonttype": "path",
+            "svg.hashsalt": "effnb",
+            "savefig.facecolor": "white",
+        }
+    )
+
+
+def single() -> tuple[Figure, Axes]:
+    """A figure with one set of axes, 5.0 x 3.1 in.
+
+    >>> figure, axes = single(); [float(x) for x in figure.get_size_inches()]
+    [5.0, 3.1]
+    """
+    return plt.subplots(figsize=(5.0, 3.1))
+
+
+def pair(**options: object) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with two sets of axes side by side, 7.2 x 3.1 in; ``options`` go to ``plt.subplots``.
+
+    >>> figure, axes = pair(sharey=True); len(axes)
+    2
+    """
+    return plt.subplots(1, 2, figsize=(7.2, 3.1), **options)
+
+
+def label_end(axes: Axes, x: float, y: float, text: str, color: str = REFERENCE, dy: float = 0.0) -> None:
+    """Write ``text`` just right of the point ``(x, y)``, in the line's colour, instead of a legend.
+
+    Args:
+        axes: where to draw.
+        x: data coordinate of the line's last point.
+        y: the same.
+        text: the label.
+        color: the line's colour.
+        dy: vertical shift in points, to part labels that would overlap.
+
+    >>> figure, axes = single(); label_end(axes, 1.0, 2.0, "ours", OURS); axes.texts[0].get_text()
+    'ours'
+    """
+    axes.annotate(
+        text, (x, y), xytext=(4, dy), textcoords="offset points", va="center", color=color, annotation_clip=False
+    )
+
+
+def band(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], color: str, **options: object) -> list:
+    """Draw the mean over seeds with a dot for each seed; returns the means.
+
+    Args:
+        axes: where to draw.
+        x: one coordinate a column.
+        values: ``(seeds, len(x))``.
+        color: of line and dots.
+        options: further options of ``axes.plot`` for the mean's line.
+
+    Raises:
+        ValueError: a row's length is not that of ``x``.
+
+    >>> figure, axes = single(); band(axes, [0, 1], [[1.0, 2.0], [3.0, 4.0]], OURS)
+    [2.0, 3.0]
+    """
+    if any(len(row) != len(x) for row in values):
+        raise ValueError(f"values must have rows of length {len(x)}, got {[len(row) for row in values]}")
+    mean = [math.fsum(column) / len(values) for column in zip(*values, strict=True)]
+    for row in values:
+        axes.plot(x, row, ".", color=color, markersize=3.5, alpha=0.55)
+    axes.plot(x, mean, color=color, **options)
+    return mean
+
+
+class Picture:
+    """A finished figure as an ``<img>`` with alternative text, for a notebook's output."""
+
+    def __init__(self, svg: bytes, alt: str) -> None:
+        self.svg, self.alt = svg, alt
+
+    def _repr_html_(self) -> str:
+        alt = self.alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+        source = base64.b64encode(self.svg).decode()
+        return f'<img class="figure" alt="{alt}" style="max-width:100%;background:#fff" src="data:image/svg+xml;base64,{source}">'
+
+    def __repr__(self) -> str:
+        return f"<figure: {self.alt}>"
+
+
+def show(figure: Figure, alt: str) -> Picture:
+    """Turn a figure into SVG with alternative text and close it; the last line of a figure's cell.
+
+    The same data give the same bytes: no date and no random ids inside.
+
+    Args:
+        figure: what to show.
+        alt: what a reader who cannot see the figure should know; generated from the data.
+
+    Raises:
+        ValueError: an empty ``alt``.
+
+    >>> figure, axes = single(); show(figure, "an empty plot")
+    <figure: an empty plot>
+    """
+    if not alt.strip():
+        raise ValueError(f"alt must describe the figure, got {alt!r}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return Picture(buffer.getvalue(), alt)
