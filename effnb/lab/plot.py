@@ -111,7 +111,8 @@ class Picture:
     def _repr_html_(self) -> str:
         alt = self.alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
         source = base64.b64encode(self.svg).decode()
-        return f'<img class="figure" alt="{alt}" style="max-width:100%;background:#fff" src="data:image/svg+xml;base64,{source}">'
+        style = "max-width:100%;background:#fff"
+        return f'<img class="figure" alt="{alt}" style="{style}" src="data:image/svg+xml;base64,{source}">'
 
     def __repr__(self) -> str:
         return f"<figure: {self.alt}>"

@@ -1,7 +1,6 @@
 """How a notebook hands in what it measured: one recorder a run, one file a chapter."""
 
 import json
-import os
 import platform
 import subprocess
 import time
@@ -16,6 +15,7 @@ from effnb.lab.claims.registry import Claim, ClaimSet, load, validate
 from effnb.lab.claims.report import report, shortfalls
 from effnb.lab.claims.results import result_path
 from effnb.lab.claims.verdict import Criterion, Measured, combine, evaluate
+from effnb.lab.key import loaded_modules, staleness_key
 from effnb.lab.paths import digest, root, write_atomically
 
 _STARTED = time.perf_counter()
@@ -197,7 +197,7 @@ class Recorder:
             "cpu_s": round(time.process_time(), 1),
             "hardware": {k: timing.machine_info()[k] for k in ("cpu", "cores", "threads", "ram_gb", "gpu")},
             "software": software(),
-            "key": json.loads(os.environ.get("EFFNB_KEY", "{}")),
+            "key": staleness_key(self.registered.system, loaded_modules()),
             "claims": {c.id: self.entries[c.id] for c in self.registered.claims},
             "metrics": self.metrics,
         }
