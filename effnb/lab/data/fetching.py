@@ -15,10 +15,11 @@ def target() -> Path:
     Raises:
         DataError: if neither can be written to.
     """
-    root = files.folder() or files.CHECKOUT / "data"
-    if not (root.is_dir() and os.access(root, os.W_OK)):
-        raise files.DataError(f"{root} cannot be written to; set EFFNB_DATA to a folder that can.")
-    return root
+    roots = [root for root in (files.folder(), files.CHECKOUT / "data") if root is not None]
+    for root in roots:
+        if root.is_dir() and os.access(root, os.W_OK):
+            return root
+    raise files.DataError(f"no folder to write to among {', '.join(map(str, roots))}; set EFFNB_DATA to one.")
 
 
 def fashion_mnist(root: Path) -> Path:

@@ -8,7 +8,6 @@ from io import BytesIO
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-EMBEDDED = ("fashion-mnist-10k.npz", "python-topics.txt")
 FASHION = tuple(
     f"fashion-mnist/{part}-idx{dims}-ubyte.gz" for part, dims in
     (("train-images", 3), ("train-labels", 1), ("t10k-images", 3), ("t10k-labels", 1))
@@ -74,7 +73,8 @@ def joint_digest(relatives: tuple[str, ...]) -> str:
 def remedy(name: str) -> str:
     """Return the sentence that tells how to get the files of a data set."""
     if name in ("fashion-mnist-10k", "python-topics"):
-        return "It is part of the repository: restore it by `git checkout -- data/`, or set EFFNB_DATA to its folder."
+        restore = "restore it by `git checkout -- data/`" if (CHECKOUT / ".git").exists() else "clone the repository"
+        return f"It is part of the repository: {restore}, or set EFFNB_DATA to the folder that holds it."
     if name in ("digits", "photos"):
         return "It is part of scikit-learn: `pip install --force-reinstall scikit-learn pillow`."
     if name == "fashion-mnist":
