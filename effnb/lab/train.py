@@ -69,12 +69,13 @@ def fit(
                 value = loss(model(x[batch]), y[batch])
                 optimizer.zero_grad()
                 value.backward()
+                value = value.detach()
                 optimizer.step()
                 if scheduler is not None:
                     scheduler.step()
                 if on_step is not None:
                     on_step(step, float(value))
-                total += value.detach() * len(batch)
+                total += value * len(batch)
                 step += 1
             losses.append(float(total) / len(x))
     return losses
