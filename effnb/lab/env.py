@@ -6,10 +6,10 @@ import numpy
 import torch
 
 import effnb
-from effnb.lab.data import Dataset
+from effnb.lab.data import Source
 
 
-def banner(*datasets: Dataset) -> None:
+def banner(*datasets: Source) -> None:
     """Print versions, threads and the data used: one line, nothing that changes from run to run.
 
     Args:

@@ -91,7 +91,7 @@ def staleness_key(system: str, modules: Iterable[str], parameters: dict | None =
     return {
         "notebook": notebook_hash(path) if path else None,
         "parameters": parameters,
-        "modules": {name: module_hash(name) for name in sorted(modules) if name != "effnb.lab.cli"},
+        "modules": {name: module_hash(name) for name in sorted(modules)},
         "lock": hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else None,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
     }

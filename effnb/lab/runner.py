@@ -57,7 +57,7 @@ def parameters_of(system: str, profile: str) -> dict:
     return {"profile": profile} | found[profile]
 
 
-def _environment(results: Path, parameters: Mapping) -> dict:
+def environment(results: Path, parameters: Mapping) -> dict[str, str]:
     """One thread for every numerical library, fixed hashing, and the folder for results."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
     ours = {"EFFNB_RESULTS": str(results), "EFFNB_ROOT": str(root()), "EFFNB_PARAMETERS": json.dumps(dict(parameters))}
@@ -106,7 +106,7 @@ def execute(
     begun, log = time.perf_counter(), []
     worker = subprocess.Popen(
         [sys.executable, "-m", "effnb.lab.worker", json.dumps(task)],
-        env=_environment(results, parameters),
+        env=environment(results, parameters),
         cwd=root(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

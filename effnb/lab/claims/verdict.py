@@ -131,7 +131,7 @@ def _interval(criterion: Criterion, values: list[float]) -> tuple[float, list[fl
         return mean, None
     level = 1 - 2 * (1 - criterion.level) if criterion.op == "within" else criterion.level
     if criterion.interval == "order-statistic":
-        found = stats.median_interval(values, level=level)
+        found = stats.order_statistic_interval(values, level=level)
     else:
         found = stats.paired_t_interval(values, level=level, log=criterion.interval == "paired-t-log")
     return found.estimate, [found.lo, found.hi]
