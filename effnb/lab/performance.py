@@ -1,0 +1,120 @@
+"""The performance page: side-by-side benchmark figures, each judged against the target set beforehand."""
+
+from collections.abc import Mapping, Sequence
+
+_MET = {"met": ("✓", "reproduced"), "median only": ("◐", "partially"), "not met": ("✗", "not-reproduced-at-this-scale")}
+
+
+def bounds(row: Mapping) -> tuple[float, float, float] | None:
+    """Median, low and high end of a row's ratio; ``None`` where nothing was measured.
+
+    >>> bounds({"ratio": {"median": 2.0, "lo": 1.5, "hi": 2.5}})
+    (2.0, 1.5, 2.5)
+    """
+    ratio = row.get("ratio")
+    if isinstance(ratio, Mapping):
+        return (ratio["median"], ratio["lo"], ratio["hi"]) if ratio.get("median") is not None else None
+    return None if ratio is None else (float(ratio),) * 3
+
+
+def judge(row: Mapping) -> str:
+    """``met`` if the whole interval is on the right side of the target, ``median only`` if just the median is.
+
+    >>> judge({"ratio": 3.0, "target": 2.0, "better": "higher"})
+    'met'
+    """
+    found, target = bounds(row), row.get("target")
+    if found is None:
+        return "not measured"
+    if target is None:
+        return "no target"
+    sign = -1 if row.get("better") == "lower" else 1
+    worst, middle = min(sign * found[1], sign * found[2]), sign * found[0]
+    return "met" if worst >= sign * target else "median only" if middle >= sign * target else "not met"
+
+
+def ratio_text(row: Mapping) -> str:
+    """The ratio with its interval and unit.
+
+    >>> ratio_text({"ratio": {"median": 2.04, "lo": 1.96, "hi": 2.1}, "unit": "x"})
+    '2.0× [2.0, 2.1]'
+    """
+    if (found := bounds(row)) is None:
+        return "not measured"
+    places = 0 if abs(found[0]) >= 100 else 1 if abs(found[0]) >= 2 else 2
+    median, low, high = (f"{v:.{places}f}" for v in found)
+    unit = {"x": "×", None: "", "": ""}.get(row.get("unit"), f" {row.get('unit')}")
+    return f"{median}{unit}" + (f" [{low}, {high}]" if found[1] != found[2] else "")
+
+
+def verdict_html(row: Mapping) -> str:
+    """Met or not, as word, sign and colour."""
+    word = judge(row)
+    sign, kind = _MET.get(word, ("–", "not-tested"))
+    return f'<span class="eff-verdict eff-{kind}"><span aria-hidden="true">{sign}</span> {word}</span>'
+
+
+def table(rows: Sequence[Mapping]) -> str:
+    """Markdown table of one system's benchmark rows."""
+    lines = ["| What | Ours | Against | Ratio | Target | Verdict |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        side = "≤" if row.get("better") == "lower" else "≥"
+        target = "" if row.get("target") is None else f"{side} {row['target']:g}"
+        ratio = ratio_text(row) + (
+            " (noisy)" if isinstance(row.get("ratio"), Mapping) and row["ratio"].get("noisy") else ""
+        )
+        what = row["name"] + (f"<br><small>{row['detail']}</small>" if row.get("detail") else "")
+        cells = (what, row["ours"], row["peer"], ratio, target, verdict_html(row))
+        lines.append("| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def rows_of(record: Mapping | Sequence) -> list[Mapping]:
+    """The rows of one benchmark file, which is a list or holds one under ``rows``."""
+    return list(record["rows"] if isinstance(record, Mapping) else record)
+
+
+def summary(bench: Mapping[str, Mapping]) -> str:
+    """One sentence: how many targets are met."""
+    words = [judge(row) for record in bench.values() for row in rows_of(record)]
+    targets = [w for w in words if w in _MET]
+    if not targets:
+        return "No benchmark has been run yet: `make bench` fills this page."
+    line = f"**{targets.count('met')} of {len(targets)}** targets are met over the whole interval"
+    rest = [f"{targets.count(w)} {how}" for w, how in (("median only", "by the median only"), ("not met", "not met"))]
+    return line + "; " + ", ".join(rest) + "."
+
+
+def page(bench: Mapping[str, Mapping], titles: Mapping[str, str]) -> str:
+    """A section a system: its table and the machine that it was measured on.
+
+    Args:
+        bench: system to its record.
+        titles: system to the chapter's short name.
+    """
+    sections = []
+    for system, record in bench.items():
+        machine = record.get("machine") if isinstance(record, Mapping) else None
+        note = (
+            "Measured on: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in machine.items()) + "."
+            if machine
+            else ""
+        )
+        command = f"```bash\npython -m benchmarks.bench_{system}\n```"
+        sections.append(f"## {titles.get(system, system)}\n\n{table(rows_of(record))}\n\n{note}\n\n{command}")
+    return "\n\n".join(sections)
+
+
+def headline(bench: Mapping[str, Mapping]) -> dict[str, str]:
+    """System to its first measured row in words, for the README's table.
+
+    >>> headline({"a": [{"name": "step", "peer": "torch", "ratio": 2.5, "unit": "x"}]})
+    {'a': 'step: 2.5× against torch'}
+    """
+    found = {}
+    for system, record in bench.items():
+        measured = [row for row in rows_of(record) if bounds(row)]
+        if measured:
+            row = next((r for r in measured if r.get("target") is not None), measured[0])
+            found[system] = f"{row['name']}: {ratio_text(row)} against {row['peer']}"
+    return found
