@@ -1,0 +1,194 @@
+"""Search for the three numbers of HyperLISTA."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from effnb.solvers.unrolled_solvers._check import check_batch, check_choice, check_count
+from effnb.solvers.unrolled_solvers.hyperlista import HyperLISTA
+from effnb.solvers.unrolled_solvers.problem import nmse_db
+
+SCORES = ("nmse", "robust", "p99")
+CLIP = (-100.0, 20.0)  # dB; outside, an instance counts no further in the robust score
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneResult:
+    """Outcome of ``tune_hyperlista``.
+
+    Attributes:
+        c: the three numbers.
+        score: score of ``c`` on the whole tuning set, in dB.
+        trials: every point tried, as ``(c1, c2, c3, score)``.
+
+    Reference: chen2021hyperparameter
+
+    >>> TuneResult((0.1, 0.01, 10.0), -40.0, []).score
+    -40.0
+    """
+
+    c: tuple[float, float, float]
+    score: float
+    trials: list[tuple[float, float, float, float]]
+
+
+def recovery_score(x: Tensor, x_true: Tensor, score: str = "robust") -> Tensor:
+    """Return one number in dB for a batch, lower is better.
+
+    Args:
+        x: ``(batch, n)``.
+        x_true: ``(batch, n)``.
+        score: ``"nmse"`` is the papers' ratio of sums, which one instance can dominate; ``"robust"`` the mean of the
+            instances' dB, each clipped to -100..20; ``"p99"`` their 99th percentile.
+
+    Raises:
+        ValueError: for an unknown ``score`` or shapes that differ.
+
+    Reference: chen2021hyperparameter
+
+    >>> float(recovery_score(torch.zeros(2, 3), torch.ones(2, 3)))
+    0.0
+    """
+    check_choice(score, "score", SCORES)
+    if score == "nmse":
+        return nmse_db(x, x_true)
+    each = nmse_db(x, x_true, reduce="instance").clamp(*CLIP)
+    return each.mean() if score == "robust" else torch.quantile(each, 0.99)
+
+
+class _Search:
+    """Scores points on one network and remembers the best."""
+
+    def __init__(self, net: HyperLISTA, x: Tensor, b: Tensor, score: str):
+        self.net, self.x, self.b, self.score = net, x, b, score
+        self.trials: list[tuple[float, float, float, float]] = []
+        self.best: tuple[tuple[float, ...], float] = ((math.nan,) * 3, math.inf)
+
+    @torch.no_grad()
+    def value(self, c: np.ndarray, rows: int | None = None) -> float:
+        self.net.c.copy_(torch.as_tensor(c))
+        estimate = self.net(self.b[:rows]).nan_to_num(1e9, 1e9, -1e9)
+        return float(recovery_score(estimate, self.x[:rows], self.score))
+
+    def offer(self, c: np.ndarray) -> float:
+        score = self.value(c)
+        point = tuple(map(float, c))
+        self.trials.append((*point, score))
+        if score < self.best[1]:
+            self.best = (point, score)
+        return score
+
+
+def _random(search: _Search, rng: np.random.Generator, n_trials: int, low: np.ndarray, high: np.ndarray) -> None:
+    """Log-uniform points, screened on a quarter of the batch; the best tenth is scored on all of it."""
+    points = np.exp(rng.uniform(np.log(low), np.log(high), (n_trials, 3)))
+    rows = max(1, len(search.b) // 4)
+    rough = np.array([search.value(c, rows) for c in points])
+    search.trials += [(*map(float, c), s) for c, s in zip(points, rough, strict=True)]
+    for index in np.argsort(rough)[: math.ceil(n_trials / 10)]:
+        search.offer(points[index])
+
+
+def _local(search: _Search, rng: np.random.Generator, trials: int, spreads: tuple[float, ...]) -> None:
+    """Rounds of log-normal steps around the best point, each round narrower."""
+    for spread in spreads:
+        for _ in range(trials):
+            search.offer(np.array(search.best[0]) * np.exp(spread * rng.standard_normal(3)))
+
+
+def _grid(search: _Search, n_trials: int) -> None:
+    """Official grid (coherence folded into c1 and c2, c3 as a fraction of n), thinned to about ``n_trials``."""
+    mu, n, points = search.net.mu, search.net.A.shape[1], max(2, round(n_trials ** (1 / 3)))
+    small = np.linspace(1e-3, 1e-2, min(11, points)) / mu
+    for c1 in small:
+        for c2 in small:
+            for c3 in np.linspace(0.1, 1, min(21, points)) * n:
+                search.offer(np.array([c1, c2, c3]))
+
+
+def _backprop(search: _Search, steps: int, lr: float = 0.03) -> None:
+    """Adam on the logarithms of c1 and c2; the count behind c3 has no gradient."""
+    start = torch.as_tensor(search.best[0], dtype=search.b.dtype).log()
+    free, fixed = start[:2].clone().requires_grad_(), start[2:].exp()
+    optimizer = torch.optim.Adam([free], lr=lr)
+    for _ in range(steps):
+        c = torch.cat([free.exp(), fixed])
+        loss = recovery_score(functional_call(search.net, {"c": c}, (search.b,)), search.x, search.score)
+        (gradient,) = torch.autograd.grad(loss, free)
+        search.offer(c.detach().numpy())
+        free.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
+        optimizer.step()
+
+
+def tune_hyperlista(
+    A: Tensor,
+    x: Tensor,
+    b: Tensor,
+    method: str = "random",
+    n_trials: int = 160,
+    seed: int = 0,
+    *,
+    score: str = "nmse",
+    local_trials: int = 60,
+    spreads: tuple[float, ...] = (0.3, 0.1),
+    bounds: tuple[tuple[float, float], ...] | None = None,
+    **options,
+) -> TuneResult:
+    r"""Choose ``c`` of ``HyperLISTA(A, c, **options)`` on given instances.
+
+    Args:
+        A: ``(m, n)``.
+        x: ``(batch, n)`` true codes.
+        b: ``(batch, m)`` measurements.
+        method: ``"random"``: log-uniform points, then ``local_trials`` steps around the best for each of ``spreads``;
+            ``"grid"``: the official grid, thinned to about ``n_trials``; ``"backprop"``: a quarter of the trials at
+            random, the rest Adam on c1 and c2 (c3 has no gradient).
+        n_trials: number of points of the global search.
+        seed: of the random points.
+        score: as in ``recovery_score``; with noise take ``"robust"`` or ``"p99"`` and at least 512 instances.
+        local_trials: points of each local round.
+        spreads: standard deviations of the local rounds, in logarithms.
+        bounds: three pairs for the random points; (0.01, 1), (0.001, 0.1), (0.01, n) by default.
+        options: passed to ``HyperLISTA``.
+
+    Returns:
+        ``TuneResult``.
+
+    Raises:
+        ValueError: for an unknown ``method`` or ``score``, wrong shapes or bounds.
+
+    Reference: chen2021hyperparameter
+
+    >>> from effnb.solvers import SparseProblem
+    >>> problem = SparseProblem(20, 40, p=0.05)
+    >>> tune_hyperlista(problem.A, *problem.sample(32), n_trials=20, local_trials=5).score < -10
+    True
+    """
+    check_choice(method, "method", ("random", "grid", "backprop"))
+    check_choice(score, "score", SCORES)
+    check_count(n_trials, "n_trials")
+    check_count(local_trials, "local_trials", 0)
+    net = HyperLISTA(A, **options)
+    check_batch(b, A.shape[0])
+    check_batch(x, A.shape[1], "x")
+    if len(x) != len(b):
+        raise ValueError(f"x and b must have the same batch, got {len(x)} and {len(b)}")
+    low, high = np.array(bounds or ((0.01, 1.0), (0.001, 0.1), (0.01, A.shape[1]))).T
+    if low.shape != (3,) or not (low > 0).all() or not (low <= high).all():
+        raise ValueError(f"bounds must be three ordered positive pairs, got {bounds}")
+    search, rng = _Search(net, x, b, score), np.random.default_rng(seed)
+    if method == "grid":
+        _grid(search, n_trials)
+    else:
+        _random(search, rng, n_trials if method == "random" else math.ceil(n_trials / 4), low, high)
+    if method == "backprop":
+        _backprop(search, n_trials - math.ceil(n_trials / 4))
+    if method == "random":
+        _local(search, rng, local_trials, spreads)
+    return TuneResult(search.best[0], search.best[1], search.trials)
