@@ -1,5 +1,6 @@
 """Weight decay on gate scores is a silent error: look at the optimiser once, at its first step."""
 
+import functools
 import warnings
 import weakref
 from typing import TYPE_CHECKING
@@ -39,19 +40,29 @@ def check_optimizer(handle: "CSHandle", optimizer: Optimizer) -> bool:
     return bool(groups)
 
 
+_WATCHED: weakref.WeakSet["CSHandle"] = weakref.WeakSet()
+
+
+def _inspect(optimizer: Optimizer, *_) -> None:
+    for handle in list(_WATCHED):
+        hard = handle.gates and handle.is_hard  # scores without gradient are not touched, decay or not
+        if not handle.gates or (not hard and check_optimizer(handle, optimizer)):
+            _WATCHED.discard(handle)
+
+
+@functools.cache
+def _install() -> None:
+    # One hook for the life of the process: torch forbids taking hooks off while they run.
+    register_optimizer_step_pre_hook(_inspect)
+
+
 def watch_weight_decay(handle: "CSHandle") -> None:
-    """Run :func:`check_optimizer` once, at the first optimiser step with these gates; then the hook goes away.
+    """Run :func:`check_optimizer` once, at the first optimiser step with these gates.
 
     Args:
         handle: of the gated model; only a weak reference to it is kept.
 
     Reference: savarese2020winning
     """
-    watched = weakref.ref(handle)
-
-    def inspect(optimizer: Optimizer, *_) -> None:
-        alive = watched()
-        if alive is None or not alive.gates or check_optimizer(alive, optimizer):
-            hook.remove()
-
-    hook = register_optimizer_step_pre_hook(inspect)
+    _install()
+    _WATCHED.add(handle)

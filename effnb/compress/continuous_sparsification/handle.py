@@ -34,10 +34,10 @@ class CSHandle(GatedLayers):
     ) -> None:
         super().__init__(model, gates)
         self.min_keep = min_keep
-        self._hooks = [
-            model.register_forward_pre_hook(lambda *_: self._gate_all()),
-            model.register_forward_hook(lambda *_: self._release(), always_call=True),
-        ][: 2 * foreach]
+        self._hooks = []
+        if foreach:
+            self._hooks.append(model.register_forward_pre_hook(lambda *_: self._gate_all()))
+            self._hooks.append(model.register_forward_hook(lambda *_: self._release(), always_call=True))
         watch_weight_decay(self)
 
     def _gate_all(self) -> None:
@@ -140,6 +140,7 @@ class CSHandle(GatedLayers):
             warn_dead(self.masks())
         for gate in self.gates.values():
             gate.hard(flag)
+            gate.scores.grad = None  # a stale gradient would let an optimiser move the ticket
 
     def _settle(self, density: float | None) -> None:
         scores = {name: gate.scores for name, gate in self.gates.items()}

@@ -110,8 +110,8 @@ class GatedLayers:
         self.layers = {name: model.get_submodule(name) for name in gates}
         self._saved: dict[str, Tensor] | None = None
         for name, gate in gates.items():
-            gate.train(self.layers[name].training)
             parametrize.register_parametrization(self.layers[name], "weight", gate)
+            self.layers[name].parametrizations.train(self.layers[name].training)
 
     def _alive(self) -> None:
         if not self.gates:
