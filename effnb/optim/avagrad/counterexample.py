@@ -60,7 +60,7 @@ def clipped_chains(
         )
     rng = np.random.default_rng(seed)
     w, v = rng.random(chains), np.zeros(chains)
-    start, total = int(steps * (1 - tail)), np.zeros(chains)
+    start, total = steps - max(1, round(steps * tail)), np.zeros(chains)
     for t in range(1, steps + 1):
         g = np.where(rng.random(chains) < probability, curvature * w, -1.0)
         rate, v = _rate_and_moment(method, v, g, beta2, eps, t)

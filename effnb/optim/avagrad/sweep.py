@@ -126,9 +126,7 @@ class SweepResult:
         ax = plt.subplots()[1] if ax is None else ax
         image = ax.imshow(self.table, origin="lower", aspect="auto", **options)
         ax.set_xticks(range(len(self.lrs)), [f"{lr:.2g}" for lr in self.lrs])
-        ax.set_yticks(
-            range(len(self.epss)), [f"{eps:.0e}".replace("e-0", "e-").replace("e+0", "e") for eps in self.epss]
-        )
+        ax.set_yticks(range(len(self.epss)), [f"{eps:g}".replace("e-0", "e-") for eps in self.epss])
         best = np.interp(np.log10(self.best_lr_per_eps()), np.log10(self.lrs), range(len(self.lrs)))
         ax.plot(best, range(len(self.epss)), marker="o", color="white", markeredgecolor="black")
         ax.set(xlabel="learning rate", ylabel="eps")
