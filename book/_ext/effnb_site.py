@@ -11,6 +11,7 @@ from sphinx.application import Sphinx
 
 _REFERENCE = re.compile(r"^(?P<indent>\s*)References?:[ \t]+(?P<text>\S.*)$")
 _KEY = re.compile(r"(?<![\w.`-])[a-z]+\d{4}[a-z0-9_-]*(?![\w-])")
+_SENTENCE = "Claims of efficient-deep-learning papers, written down first, measured with intervals, judged by code."
 _OUTSIDE = ("http://", "https://", "//")
 
 
@@ -23,14 +24,12 @@ def cite_references(app: Sphinx, what: str, name: str, obj: Any, options: Any, l
 
 
 def describe(doctree: nodes.document | None, limit: int = 200) -> str:
-    """Return the first paragraph of a page, cut at a word, or an empty string."""
-    if doctree is None:
-        return ""
-    for paragraph in doctree.findall(nodes.paragraph):
+    """Return the first paragraph of a page, cut at a word, or the sentence about the whole book."""
+    for paragraph in doctree.findall(nodes.paragraph) if doctree else ():
         text = " ".join(paragraph.astext().split())
         if len(text) > 40:
             return text if len(text) <= limit else text[:limit].rsplit(" ", 1)[0] + " …"
-    return ""
+    return _SENTENCE
 
 
 def add_preview(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
@@ -49,17 +48,16 @@ def add_preview(app: Sphinx, page: str, template: str, context: dict, doctree: n
     if not base:  # still valid for a copy that is opened from a folder
         tags["og:image"] = context["pathto"]("_static/card.png", 1)
     lines = [f'<meta property="{k}" content="{html.escape(v, quote=True)}" />' for k, v in tags.items() if v]
-    if tags["og:description"]:
-        lines.append(f'<meta name="description" content="{html.escape(tags["og:description"], quote=True)}" />')
+    lines.append(f'<meta name="description" content="{html.escape(tags["og:description"], quote=True)}" />')
     lines.append('<meta name="twitter:card" content="summary_large_image" />')
     context["metatags"] = context.get("metatags", "") + "\n    " + "\n    ".join(lines)
 
 
-def keep_local_scripts(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
-    """Drop every script and style sheet that a reader's browser would fetch from another host."""
+def keep_local_files(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
+    """Drop scripts and style sheets that come from another host, and the sheet of sphinx-thebe, which nothing uses."""
     for kind in ("script_files", "css_files"):
-        files = context.get(kind, [])
-        context[kind] = [f for f in files if not str(getattr(f, "filename", f) or "").startswith(_OUTSIDE)]
+        named = [(str(getattr(file, "filename", file) or ""), file) for file in context.get(kind, [])]
+        context[kind] = [file for name, file in named if not name.startswith(_OUTSIDE) and "thebe" not in name]
 
 
 def drop_thebe(app: Sphinx) -> None:
@@ -73,5 +71,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", drop_thebe, priority=1)
     app.connect("autodoc-process-docstring", cite_references, priority=400)
     app.connect("html-page-context", add_preview, priority=700)
-    app.connect("html-page-context", keep_local_scripts, priority=900)
+    app.connect("html-page-context", keep_local_files, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -10,12 +10,24 @@ from effnb.lab.scoreboard import ORDER, WORDS, failures, order, scale_text, tall
 
 
 def text(value: str) -> str:
-    """Plain text as HTML; `` `code` `` becomes a code element.
+    """Plain text as HTML: `` `code` `` becomes a code element, ``>=`` a sign, and ``n = 5`` stays on one line.
 
-    >>> text("a < `b`")
-    'a &lt; <code>b</code>'
+    >>> text("a >= `b`")
+    'a ≥ <code>b</code>'
     """
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(str(value)))
+    marked = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(str(value)))
+    marked = marked.replace("&gt;=", "≥").replace("&lt;=", "≤")
+    return re.sub(r"\(n = (\d+)\)", "(n\u00a0=\u00a0\\1)", marked)
+
+
+def sentence(value: str | None) -> str:
+    """A note as a sentence of its own: capital letter, full stop.
+
+    >>> sentence("the estimate is low")
+    'The estimate is low.'
+    """
+    value = (value or "").strip()
+    return text(value[:1].upper() + value[1:] + ("" if value.endswith((".", "!", "?")) else ".")) if value else ""
 
 
 def badge(row: Mapping, wrap: bool = False) -> str:
@@ -45,11 +57,13 @@ def failures_html(rows: Sequence[Mapping]) -> str:
     kinds = {"not-reproduced-at-this-scale": "bad", "partially": "part"}
     items = []
     for row in failures(rows):
-        found = f"{text(format_measured(row['measured']))}; criterion {text(row['criterion'].text())}."
+        found = f"Criterion: {text(row['criterion'].text())}."
+        if (row["measured"] or {}).get("estimate") is not None:
+            found = f"Measured: {text(format_measured(row['measured']))}. {found}"
         items.append(
             f'<li class="{kinds.get(row["verdict"], "none")}"><a href="{section(row)}"><b>{row["id"]}</b></a> '
             f"{badge(row)}<p>{text(row['statement'])}</p>"
-            f'<p class="eff-note">Measured: {found} {text(row.get("note") or "")}</p></li>'
+            f'<p class="eff-note">{found} {sentence(row["note"])}</p></li>'
         )
     return f'<ul class="eff-failures">{"".join(items)}</ul>' if items else "<p>None.</p>"
 
@@ -86,11 +100,13 @@ def _row_html(row: Mapping) -> str:
     seconds = row["runtime_s"]
     cells = [
         _cell("Claim", f"{link}<br>{text(row['statement'])}", row["id"], "eff-claim"),
-        _cell("Paper", text(row["paper"])),
+        _cell("Paper", text(row["paper"]), kind="eff-paper"),
         _cell("Measured", found, "" if estimate is None else estimate, "eff-num eff-measured"),
         _cell("Scale", text(scale_text(row["scale"])), kind="eff-scale"),
         _cell("Verdict", badge(row, wrap=True), ORDER.index(row["verdict"])),
-        _cell("Runtime", f"{seconds:.0f} s" if seconds else "", seconds or "", "eff-num"),
+        _cell(
+            "Runtime", "" if seconds is None else f"{seconds:.0f}\u00a0s", "" if seconds is None else seconds, "eff-num"
+        ),
     ]
     return f'<tr id="{slug(row)}" data-system="{row["system"]}" data-verdict="{row["verdict"]}">{"".join(cells)}</tr>'
 

@@ -63,7 +63,7 @@ def table(rows: Sequence[Mapping]) -> str:
         ratio = ratio_text(row) + (
             " (noisy)" if isinstance(row.get("ratio"), Mapping) and row["ratio"].get("noisy") else ""
         )
-        what = row["name"] + (f"<br><small>{row['detail']}</small>" if row.get("detail") else "")
+        what = row["name"] + (f"<small>{row['detail']}</small>" if row.get("detail") else "")
         cells = (what, row["ours"], row["peer"], ratio, target, verdict_html(row))
         lines.append("| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |")
     return "\n".join(lines)
@@ -90,10 +90,10 @@ def page(bench: Mapping[str, Mapping], titles: Mapping[str, str]) -> str:
 
     Args:
         bench: system to its record.
-        titles: system to the chapter's short name.
+        titles: system to the chapter's short name, in the order of the book.
     """
-    sections = []
-    for system, record in bench.items():
+    sections, order = [], list(titles)
+    for system, record in sorted(bench.items(), key=lambda item: order.index(item[0]) if item[0] in titles else 99):
         machine = record.get("machine") if isinstance(record, Mapping) else None
         note = (
             "Measured on: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in machine.items()) + "."

@@ -57,7 +57,7 @@ def strip(row: Mapping, width: float = 190.0, height: float = 26.0) -> str:
         for e in edges
     )
     return (
-        f'<svg class="eff-strip" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        f'<svg class="eff-strip" viewBox="0 0 {width:.0f} {height:.0f}" preserveAspectRatio="xMinYMid" role="img" '
         f'aria-label="{html.escape(what)}; shaded: where the criterion holds">'
         f'<rect x="{left:.1f}" y="3" width="{max(right - left, 0.0):.1f}" height="{height - 6:.0f}" '
         f'fill="var(--eff-good-bg)"/>'

@@ -53,8 +53,9 @@ def _generate(stage: Path, notebooks: Path, results: Path) -> None:
     """Fill the staged pages' markers and write the machine copy and pictures beside them."""
     toc, found = pages.load_yaml(stage / "_toc.yml"), rows(notebooks, results)
     records = {r["system"]: r["result"] for r in claims.joined(results) if r["result"]}
-    titles = {s.system: s.title for s in claims.load_all()}
-    bench = pages.load_bench(results / "bench")
+    names = {s.system: s.title for s in claims.load_all()}
+    titles = {system: names.get(system, system) for system in chapters(notebooks)}
+    bench = _bench(results)
     config = configure(pages.load_yaml(stage / "_config.yml"))
     profiles = pages.load_yaml(root() / "notebooks" / "profiles.yaml")
     blocks = pages.blocks(found, list(records.values()), toc) | {
@@ -70,6 +71,12 @@ def _generate(stage: Path, notebooks: Path, results: Path) -> None:
     (static / "scoreboard.json").write_text(json.dumps(scoreboard.machine_copy(found), indent=1) + "\n")
     for name, picture in _pictures(found).items():
         (static / name).write_text(picture)
+
+
+def _bench(results: Path) -> dict[str, dict]:
+    """Benchmarks are taken apart from the chapters: a fresh run of the book shows the committed ones."""
+    own = results / "bench"
+    return pages.load_bench(own if own.is_dir() else committed_results() / "bench")
 
 
 def _pictures(found: list[dict]) -> dict[str, str]:
@@ -202,7 +209,7 @@ def refresh(results_dir: Path | None = None) -> list[Path]:
     found = rows(root() / "notebooks", results)
     texts = {static / name: picture for name, picture in _pictures(found).items()}
     if readme.is_file():
-        table = scoreboard.readme_table(found, performance.headline(pages.load_bench(results / "bench")))
+        table = scoreboard.readme_table(found, performance.headline(_bench(results)))
         texts[readme] = scoreboard.replace_block(readme.read_text(), table)
     changed = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
     for path in changed:
