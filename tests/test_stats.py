@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
@@ -63,6 +63,7 @@ def test_swapping_inverts_ratio_and_negates_difference():
     assert (d.estimate, d.lo, d.hi) == pytest.approx((-e.estimate, -e.hi, -e.lo), rel=1e-12)
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(vectors(-100, 100, min_size=2, max_size=12), st.randoms())
 def test_interval_ignores_the_order_of_seeds(values, random):
     shuffled = random.sample(values, len(values))
@@ -178,15 +179,17 @@ def test_iqm_along_axes(axis):
     np.testing.assert_allclose(stats.iqm(scores, axis=axis), expected, rtol=1e-12)
 
 
+@settings(deadline=None)
 @given(vectors(-1e3, 1e3, min_size=1, max_size=30))
 def test_iqm_lies_between_the_quartiles(values):
-    lo, hi = np.quantile(values, [0.25, 0.75], method="lower")[0], np.quantile(values, 0.75, method="higher")
+    lo, hi = np.quantile(values, 0.25, method="lower"), np.quantile(values, 0.75, method="higher")
     assert lo - 1e-6 <= stats.iqm(values) <= hi + 1e-6
     if len(values) < 4:
         assert stats.iqm(values) == pytest.approx(np.mean(values), rel=1e-12, abs=1e-12)
     assert stats.iqm([values[0]] * len(values)) == pytest.approx(values[0], rel=1e-12)
 
 
+@settings(deadline=None)
 @given(vectors(-3, 3, min_size=1, max_size=8), vectors(-3, 3, min_size=1, max_size=8))
 def test_probabilities_of_improvement_add_up_and_are_mann_whitneys(a, b):
     p = stats.probability_of_improvement(a, b)
@@ -283,6 +286,7 @@ def test_holm_by_hand():
     assert stats.holm([0.2]).tolist() == [0.2]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
 def test_holm_is_closed_bonferroni(p):
     m = len(p)
