@@ -40,7 +40,7 @@ class Table:
 
 
 def _digits(half_width: float, value: float) -> int:
-    reference = half_width if half_width > 0 else abs(value) / 100
+    reference = half_width if half_width > 0 else abs(value) / 10
     return 2 if reference <= 0 else max(0, min(6, 1 - math.floor(math.log10(reference))))
 
 

@@ -1,0 +1,131 @@
+"""The gates themselves: each kind of wrong must turn its check red."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import yaml
+from toy import CLAIMS, make_toy_book, toy_notebook
+from typer.testing import CliRunner
+
+from effnb.lab import claims, runner
+from effnb.lab.claims.results import result_path
+from effnb.lab.cli import app
+from effnb.lab.paths import digest
+
+
+def effnb(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory):
+    """The toy book with its chapter run and its outputs committed, made once."""
+    book = tmp_path_factory.mktemp("published")
+    with pytest.MonkeyPatch.context() as patch:
+        make_toy_book(book, patch)
+        assert effnb("run", "--update", "toy").exit_code == 0
+    return book
+
+
+@pytest.fixture
+def published(run_once, toy_book):
+    """A fresh copy of the published toy book."""
+    shutil.copytree(run_once, toy_book, dirs_exist_ok=True)
+    return toy_book
+
+
+def committed(book):
+    return result_path("toy", "book", book / "book" / "results")
+
+
+def reseal(path, change):
+    """Change a result and give it a fitting digest, as a careful forger would."""
+    record = json.loads(path.read_text())
+    change(record)
+    record["digest"] = digest({k: v for k, v in record.items() if k != "digest"})
+    path.write_text(json.dumps(record))
+
+
+def test_a_sound_book_is_green(published):
+    assert effnb("claims").exit_code == 0
+    assert effnb("stale").exit_code == 0
+    assert runner.stale() == {}
+
+
+def test_a_broken_notebook_is_red_and_the_others_still_run(published):
+    broken = toy_notebook({"print(2 + 2)": "raise RuntimeError('deliberately broken')"})
+    (published / "notebooks" / "02_broken.ipynb").write_text(broken)
+    shutil.rmtree(published / "_build")
+    done = effnb("run", "broken", "toy")
+    assert done.exit_code == 1 and "deliberately broken" in done.output
+    assert (published / "_build" / "executed" / "01_toy.ipynb").exists()
+
+
+def test_a_false_claim_is_red(published):
+    """The notebook now measures the opposite: `make book` compares with the committed verdict."""
+    (published / "notebooks" / "01_toy.ipynb").write_text(toy_notebook({"gain: float = 1.0": "gain: float = -1.0"}))
+    assert effnb("run", "toy").exit_code == 0
+    built = published / "_build" / "results"
+    assert claims.compare(built) == ["toy/T1: not-reproduced-at-this-scale, was reproduced"]
+
+
+def test_a_claimed_verdict_that_the_values_do_not_give_is_red(published):
+    reseal(committed(published), lambda r: r["claims"]["toy/T1"]["measured"].update(per_seed=[-1.0, -1.1, -1.2]))
+    assert "does not follow from per_seed" in "".join(claims.check())
+    assert effnb("claims").exit_code == 1
+
+
+def test_a_softened_verdict_is_red(published):
+    reseal(committed(published), lambda r: r["claims"]["toy/T2"].update(verdict="partially"))
+    assert "the values give 'checked-analytically'" in "".join(claims.check())
+
+
+def test_a_result_edited_by_hand_is_red(published):
+    text = committed(published).read_text()
+    committed(published).write_text(text.replace('"estimate": 1.0', '"estimate": 1.5', 1))
+    assert committed(published).read_text() != text
+    assert "edited after it was written" in "".join(claims.check())
+    assert effnb("claims").exit_code == 1
+
+
+def test_a_stale_chapter_is_red(published):
+    path = published / "notebooks" / "01_toy.ipynb"
+    path.write_text(path.read_text().replace("0.05 * seed", "0.04 * seed"))
+    done = effnb("stale")
+    assert done.exit_code == 1 and "notebook" in done.output
+
+
+def test_a_changed_lock_or_module_makes_a_chapter_stale(published, monkeypatch):
+    (published / "requirements.lock").write_text("numpy==3\n")
+    assert runner.stale() == {"toy": ["lock"]}
+    monkeypatch.setattr("effnb.lab.key.module_hash", lambda name: "other")
+    assert "effnb.lab.claims.recorder" in runner.stale()["toy"]
+
+
+def test_a_claim_changed_after_its_result_is_red(published):
+    changed = copy.deepcopy(CLAIMS)
+    changed["claims"][0]["criterion"]["threshold"] = -5.0
+    (published / "book" / "claims" / "toy.yaml").write_text(yaml.safe_dump(changed))
+    assert claims.check() == ["toy/T1: the claim was changed after it was measured: run the chapter again"]
+    assert effnb("claims").exit_code == 1
+
+
+def test_a_claim_without_result_and_a_result_without_claim_are_red(published):
+    fewer = copy.deepcopy(CLAIMS)
+    extra = copy.deepcopy(fewer["claims"].pop())
+    (published / "book" / "claims" / "toy.yaml").write_text(yaml.safe_dump(fewer))
+    assert claims.check() == ["toy/T2: measured, but not registered"]
+    fewer["claims"] += [extra, extra | {"id": "toy/T3"}]
+    (published / "book" / "claims" / "toy.yaml").write_text(yaml.safe_dump(fewer))
+    assert claims.check() == ["toy/T3: registered, but the result does not hold it"]
+    committed(published).unlink()
+    assert "no result" in claims.check()[0]
+
+
+def test_nbval_turns_red_when_a_checked_output_changes(published):
+    assert effnb("smoke").exit_code == 0
+    path = published / "notebooks" / "01_toy.ipynb"
+    path.write_text(path.read_text().replace('"4\\n"', '"5\\n"'))
+    assert effnb("smoke").exit_code != 0
