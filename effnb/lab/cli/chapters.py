@@ -55,6 +55,8 @@ def run(
 
     A failing chapter does not stop the others; the command then ends with code 1 and a table.
     """
+    from effnb.lab import site
+
     values = parameters(parameter)
     if update and (profile != "book" or values):
         fail("--update publishes the book profile as it is: leave out --profile and -p")
@@ -67,6 +69,8 @@ def run(
             changed = runner.update(record.system, record.notebook)
             names = ", ".join(str(path.relative_to(root())) for path in changed) or "nothing changed"
             console.print(f"{record.system}: {names}", highlight=False)
+    if update:
+        site.refresh()
     raise typer.Exit(0 if _outcome(records) else 1)
 
 
@@ -100,6 +104,11 @@ def smoke(systems: Chapters = None) -> None:
     raise typer.Exit(smoke_runs.run(chosen(systems)))
 
 
+def _sweep_line(ended: int, cells: int, record: dict) -> None:
+    values = " ".join(f"{k}={v}" for k, v in {**record["parameters"], "seed": record["seed"]}.items())
+    console.print(f"{ended}/{cells} {values}: {record['status']}, {record['seconds']:.1f} s", highlight=False)
+
+
 @app.command()
 def sweep(
     system: Annotated[str, typer.Argument(help="The chapter to sweep.")],
@@ -129,7 +138,8 @@ def sweep(
             jobs=jobs,
             ray_address=ray,
             profile=profile,
-            out=out or root() / "_build" / "sweeps" / system,
+            out=out,
+            on_cell=_sweep_line,
         )
     except (ValueError, ImportError) as error:
         fail(str(error))

@@ -87,9 +87,12 @@ def bench(
 ) -> None:
     """Time the methods against what a user would otherwise pick, into book/results/bench/."""
     from effnb.lab import bench as benches
+    from effnb.lab import site as pages
 
-    out = root() / "_build" / "bench" if quick else committed_results() / "bench"
-    benches.run_all(chosen(systems), quick=quick, out=out)
+    records = benches.run_all(chosen(systems), quick=quick)
+    if not quick:
+        pages.refresh()
+    raise typer.Exit(1 if any("error" in record for record in records) else 0)
 
 
 @app.command()
