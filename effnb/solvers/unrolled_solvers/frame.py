@@ -65,7 +65,7 @@ class Unrolled(nn.Module):
         theta = self.theta[k].clamp_min(0)
         if self.counts[k] == 0:
             return soft(z, theta)
-        return select(z, theta, torch.as_tensor(self.counts[k], device=z.device))
+        return select(z, theta, self.counts[k])
 
     def _prepare(self, b: Tensor) -> Tensor:
         """Return what every layer needs of the measurements."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effnb.solvers.unrolled_solvers.thresholds import soft
+from effnb.solvers.unrolled_solvers.thresholds import kth_largest_by_row
 
 STOP = 1e-12  # an instance whose residual fell this far below its start is done; also what keeps b = 0 at 0
 
@@ -26,11 +26,10 @@ def select_(z: Tensor, theta: Tensor, p: Tensor, size: Tensor) -> Tensor:
     cutoff = torch.where(spared, theta, torch.inf)
     rows = (~spared & (p > 0)).squeeze(1).nonzero().squeeze(1)
     if rows.numel():
-        counts = p[rows]
-        ranked = size[rows].topk(int(counts.max()), dim=1).values
-        cutoff[rows] = ranked.gather(1, counts - 1)
-    passed = size >= torch.maximum(cutoff, theta)
-    return z.copy_(torch.where(passed, z, soft(z, theta)))
+        cutoff[rows] = kth_largest_by_row(size[rows], p[rows])
+    z.masked_fill_(below, 0.0)
+    shrunk = (size < cutoff).logical_and_(~below)
+    return z.addcmul_(z.sign(), shrunk * -theta)
 
 
 @torch.no_grad()
