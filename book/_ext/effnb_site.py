@@ -1,9 +1,12 @@
-"""Sphinx glue of the book: citations in docstrings, link previews, and no scripts from elsewhere."""
+"""Sphinx glue of the book: citations in docstrings, links to sources, link previews, no scripts from elsewhere."""
 
 from __future__ import annotations
 
 import html
+import inspect
 import re
+import sys
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -53,6 +56,28 @@ def add_preview(app: Sphinx, page: str, template: str, context: dict, doctree: n
     context["metatags"] = context.get("metatags", "") + "\n    " + "\n    ".join(lines)
 
 
+def link_source(app: Sphinx, config: Any) -> None:
+    """Let ``[source]`` lead to the lines of the object in the repository."""
+    theme = config.html_theme_options
+    base = f"{theme.get('repository_url', '')}/blob/{theme.get('repository_branch', 'main')}"
+
+    def resolve(domain: str, info: dict[str, str]) -> str | None:
+        thing = sys.modules.get(info.get("module", ""))
+        for name in info.get("fullname", "").split("."):
+            thing = getattr(thing, name, None)
+        try:
+            lines, start = inspect.getsourcelines(inspect.unwrap(thing))
+            path = Path(inspect.getsourcefile(inspect.unwrap(thing)))
+        except (TypeError, OSError):  # attributes and constants have no lines of their own
+            return None
+        package = Path(sys.modules["effnb"].__file__).parent
+        if not path.is_relative_to(package):
+            return None
+        return f"{base}/effnb/{path.relative_to(package).as_posix()}#L{start}-L{start + len(lines) - 1}"
+
+    config.linkcode_resolve = resolve
+
+
 def keep_local_files(app: Sphinx, page: str, template: str, context: dict, doctree: nodes.document | None) -> None:
     """Drop scripts and style sheets that come from another host, and the sheet of sphinx-thebe, which nothing uses."""
     for kind in ("script_files", "css_files"):
@@ -68,6 +93,7 @@ def drop_thebe(app: Sphinx) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the hooks."""
+    app.connect("config-inited", link_source)
     app.connect("builder-inited", drop_thebe, priority=1)
     app.connect("autodoc-process-docstring", cite_references, priority=400)
     app.connect("html-page-context", add_preview, priority=700)

@@ -85,6 +85,20 @@ def summary(bench: Mapping[str, Mapping]) -> str:
     return line + "; " + ", ".join(rest) + "."
 
 
+def machine(record: Mapping | Sequence) -> str:
+    """One line on where a benchmark ran: processor, threads, and the machine's measured peaks; empty if not recorded.
+
+    >>> machine({"rows": [], "machine": {"cpu": "X", "threads": 1}, "roofline": {"gflops": 50.2, "gb_s": 10.0}})
+    'Measured on X, threads 1; measured peaks: 50 GFLOP/s, 10 GB/s.'
+    """
+    found = record.get("machine") if isinstance(record, Mapping) else None
+    if not found:
+        return ""
+    line = f"Measured on {found.get('cpu', 'an unnamed processor')}, threads {found.get('threads', '?')}"
+    peaks = record.get("roofline")
+    return line + (f"; measured peaks: {peaks['gflops']:.0f} GFLOP/s, {peaks['gb_s']:.0f} GB/s." if peaks else ".")
+
+
 def page(bench: Mapping[str, Mapping], titles: Mapping[str, str]) -> str:
     """A section a system: its table and the machine that it was measured on.
 
@@ -94,14 +108,10 @@ def page(bench: Mapping[str, Mapping], titles: Mapping[str, str]) -> str:
     """
     sections, order = [], list(titles)
     for system, record in sorted(bench.items(), key=lambda item: order.index(item[0]) if item[0] in titles else 99):
-        machine = record.get("machine") if isinstance(record, Mapping) else None
-        note = (
-            "Measured on: " + ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in machine.items()) + "."
-            if machine
-            else ""
+        command = f"```bash\neffnb bench {system}\n```"
+        sections.append(
+            f"## {titles.get(system, system)}\n\n{table(rows_of(record))}\n\n{machine(record)}\n\n{command}"
         )
-        command = f"```bash\npython -m benchmarks.bench_{system}\n```"
-        sections.append(f"## {titles.get(system, system)}\n\n{table(rows_of(record))}\n\n{note}\n\n{command}")
     return "\n\n".join(sections)
 
 

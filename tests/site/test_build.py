@@ -7,6 +7,7 @@ import pytest
 from effnb.lab import site
 from effnb.lab.paths import root
 
+pytestmark = pytest.mark.site
 pytest.importorskip("jupyter_book", reason="jupyter-book is not installed: the extra book")
 
 
