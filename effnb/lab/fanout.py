@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import ModuleType
+
+from effnb.lab import cluster
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 OnDone = Callable[[int, object], None]
@@ -130,14 +131,7 @@ def _guarded(function: Callable, item: object) -> object:
 
 def _on_ray(function: Callable, items: Sequence, address: str, done: OnDone) -> None:
     """Run one Ray task an item on a cluster that is already up; leave the cluster as it was."""
-    ray = _import_ray()
-    connect = not ray.is_initialized()
-    if connect:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ValueError(f"ray_address {address!r}: no Ray cluster answers there ({error})") from error
-    try:
+    with cluster.connected(address) as ray:
         task = ray.remote(num_cpus=1, max_retries=1)(_portable(ray.cloudpickle.dumps(function)))
         running = {task.remote(ray.cloudpickle.dumps(item)): index for index, item in enumerate(items)}
         while running:
@@ -147,17 +141,6 @@ def _on_ray(function: Callable, items: Sequence, address: str, done: OnDone) -> 
             except Exception as error:
                 outcome = error
             done(running.pop(ref), outcome)
-    finally:
-        if connect:
-            ray.shutdown()
-
-
-def _import_ray() -> ModuleType:
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError("ray_address needs the extra `ray`: pip install 'effnb[ray]'") from error
-    return ray
 
 
 def _portable(payload: bytes) -> Callable[[bytes], bytes]:
