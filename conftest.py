@@ -1,8 +1,13 @@
-"""Names that every doctest may use without importing them."""
+"""Names that every doctest may use without importing them, and one profile for property tests."""
 
 import numpy
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples on every machine, and no time limit for a single one: a busy machine must not turn a law red.
+settings.register_profile("effnb", deadline=None, derandomize=True)
+settings.load_profile("effnb")
 
 
 @pytest.fixture(autouse=True)

@@ -89,7 +89,7 @@ def bench(
     from effnb.lab import bench as benches
     from effnb.lab import site as pages
 
-    records = benches.run_all(chosen(systems), quick=quick)
+    records = benches.run_all(chosen(systems) if systems else [], quick=quick)
     if not quick:
         pages.refresh()
     raise typer.Exit(1 if any("error" in record for record in records) else 0)
