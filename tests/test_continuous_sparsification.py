@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effnb.compress import (
+    Annealer,
     BetaSchedule,
     ContinuousGate,
     apply_cs,
@@ -183,6 +184,21 @@ def test_fit_s0_stops_at_max_runs_with_the_best_so_far():
     result = fit_s0(lambda s0: 0.5 + s0, 0.43, rtol=1e-9, max_runs=5)
     assert len(result.tried) == 5
     assert abs(result.density - 0.43) == min(abs(d - 0.43) for _, d in result.tried)
+
+
+@pytest.mark.parametrize("granularity", ["step", "epoch"])
+def test_annealer_follows_the_schedule_and_saves_the_rewind_point(granularity):
+    handle = scatter_scores(apply_cs(net()))
+    annealer = Annealer(handle, epochs=3, steps_per_epoch=4, final=64.0, granularity=granularity, checkpoint_epoch=2)
+    betas = [handle.beta]
+    for step in range(12):
+        assert handle.has_checkpoint == (step >= 8)
+        annealer(step)
+        betas.append(handle.beta)
+    ends = [1.0, 4.0, 16.0, 64.0] if granularity == "step" else [1.0, 8.0, 64.0, 64.0]
+    assert betas[::4] == pytest.approx(ends)
+    assert (len(set(betas)) == 13) if granularity == "step" else (betas[:4] == [1.0] * 4)
+    assert len(annealer.trace) == 3 and all(sum(record["histogram"]) == 80 for record in annealer.trace)
 
 
 # --- a model with gates --------------------------------------------------------------------------------------------
@@ -415,6 +431,8 @@ def test_hard_gates_get_no_gradient_and_the_mask_is_used():
         (lambda: BetaSchedule(3, final=0.5), "final must be finite and at least 1"),
         (lambda: BetaSchedule(3, granularity="batch"), "granularity must be"),
         (lambda: BetaSchedule(3)(3), "index must lie in 0 .. 2"),
+        (lambda: Annealer(apply_cs(net()), 0, 5), "epochs and steps_per_epoch"),
+        (lambda: Annealer(apply_cs(net()), 2, 5, checkpoint_epoch=3), "checkpoint_epoch must be in"),
         (lambda: fit_s0(lambda s: 0.5, 1.5), "target must be in"),
         (lambda: fit_s0(lambda s: 0.5, 0.2), "target must lie between"),
         (lambda: fit_s0(lambda s: 0.5, 0.5, low=1, high=0), "low must be below high"),

@@ -1,6 +1,7 @@
 """Compression: learned sparsity, mixed precision, and cheap weight structures."""
 
 from effnb.compress.continuous_sparsification import (
+    Annealer,
     BetaSchedule,
     ContinuousGate,
     CSHandle,
@@ -39,6 +40,7 @@ from effnb.compress.continuous_sparsification import (
 )
 
 __all__ = [
+    "Annealer",
     "BetaSchedule",
     "CSHandle",
     "ContinuousGate",

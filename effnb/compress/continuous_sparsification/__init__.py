@@ -1,5 +1,6 @@
 """Continuous sparsification: learned deterministic gates, ticket search, and the baselines at equal density."""
 
+from .annealer import Annealer
 from .functional import gate_scale, hard_gate, soft_gate, soft_gates
 from .gate import ContinuousGate, FixedMask
 from .gradual import GradualPruner, gmp_sparsity, magnitude_masks
@@ -21,6 +22,7 @@ from .storage import encodings, load_sparse, save_sparse
 from .ticket import Ticket, full_masks, magnitude_ticket_search, ticket_search
 
 __all__ = [
+    "Annealer",
     "BetaSchedule",
     "CSHandle",
     "ContinuousGate",
