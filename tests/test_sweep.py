@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import cache
 from pathlib import Path
@@ -314,21 +315,26 @@ def ray_cluster():
         pytest.skip(f"no command `ray` beside {sys.executable}")
     # A short path: the names of Ray's sockets lie below it, and a socket's name has at most 107 characters.
     folder, port = tempfile.mkdtemp(prefix="ray", dir="/tmp"), free_port()
-    ports = [f"--{name}-port={free_port()}" for name in ("ray-client-server", "dashboard-agent-listen")]
     process = subprocess.Popen(
         [program, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2",
-         "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}", *ports,
-         "--object-store-memory=100000000"],
+         "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}",
+         f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=100000000"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+    watch = threading.Timer(120, process.kill)
+    watch.start()
     try:
-        for _ in range(300):
-            if process.poll() is not None:
-                pytest.fail(f"ray start ended: {process.stdout.read()[-2000:]}")
-            if "ray runtime started" in process.stdout.readline().lower():
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "Ray runtime started" in line:
                 break
+        else:
+            pytest.fail(f"ray start ended: {''.join(said)[-2000:]}")
+        watch.cancel()
         yield f"127.0.0.1:{port}"
     finally:
+        watch.cancel()
         stop(process, folder)
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Cell:
     seed: int
     notebook: str
     timeout: float | None = None
-    environment: Mapping = ()
+    environment: Mapping = field(default_factory=dict)
 
     @property
     def injected(self) -> dict:
@@ -56,7 +56,7 @@ def run_cell(cell: Cell) -> dict:
     Raises:
         RuntimeError: if this machine's checkout has another version of the chapter.
     """
-    for name, value in dict(cell.environment).items():
+    for name, value in cell.environment.items():
         os.environ.setdefault(name, value)
     source = chapters().get(cell.system)
     if source is None or notebook_hash(source) != cell.notebook:
