@@ -102,6 +102,13 @@ def test_table_escapes_text_links_to_the_section_and_sorts_by_numbers(rows):
     assert table.count('aria-pressed="true"') == len(scoreboard.tally(rows)["verdicts"])
 
 
+def test_table_shows_the_further_conditions_of_a_claim():
+    measured = {"estimate": 1.5, "ci": [1.2, 1.8], "per_seed": [1.0] * 5, "unit": "decades"}
+    conditions = [{"name": "Adam drifts more", "verdict": "reproduced", "measured": measured}]
+    (row,) = scoreboard.flatten([joined("avagrad", "A1", "reproduced", conditions=conditions)], CHAPTERS)
+    assert "also ✓ Adam drifts more: 1.50 [1.20, 1.80] decades" in markup.table_html([row])
+
+
 def test_a_verdict_is_word_and_sign_not_colour_alone(rows):
     for row in rows:
         sign, word = scoreboard.WORDS[row["verdict"]]

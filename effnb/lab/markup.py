@@ -97,6 +97,9 @@ def _row_html(row: Mapping) -> str:
     estimate = (row["measured"] or {}).get("estimate")
     found = text(format_measured(row["measured"])) + pictures.strip(row)
     found += f'<span class="eff-small">criterion: {text(row["criterion"].text())}</span>'
+    for condition in row["conditions"] or ():
+        signed = f"{WORDS[condition['verdict']][0]} {condition['name']}: {format_measured(condition['measured'])}"
+        found += f'<span class="eff-small">also {text(signed)}</span>'
     seconds = row["runtime_s"]
     cells = [
         _cell("Claim", f"{link}<br>{text(row['statement'])}", row["id"], "eff-claim"),

@@ -163,7 +163,8 @@ def paper_scale(profiles: Mapping[str, Mapping], notebooks: Mapping[str, Path], 
     """
     sections = []
     for system, path in notebooks.items():
-        defaults, changed = parameters(path), (profiles.get(system) or {}).get("paper") or {}
+        defaults, changed = parameters(path), dict((profiles.get(system) or {}).get("paper") or {})
+        changed.pop("profile", None)
         lines = ["| Parameter | Book | Paper | Meaning |", "|---|---|---|---|"]
         for name, value in changed.items():
             default, meaning = defaults.get(name, ("", ""))

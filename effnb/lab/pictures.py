@@ -105,22 +105,23 @@ def scoreboard_svg(rows: Sequence[Mapping], counts: Mapping, words: Mapping[str,
     for row in rows:
         chapters.setdefault(row["chapter"], []).append(row)
     widest = max((len(c) for c in chapters.values()), default=1)
-    width, height = max(760, 232 + 64 * widest), 108 + 38 * len(chapters)
+    left = 64 + round(7.8 * max((len(c[0]["title"]) for c in chapters.values()), default=10))
+    width, height = max(760, left + 64 * widest + 14), 100 + 38 * len(chapters)
+    note = "★ primary claim of its chapter" + " · dark edge: contradicted" * bool(counts["contradicted"])
     title = f"{counts['confirmed']} of {counts['total']} claims confirmed"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         f'role="img" aria-label="Scoreboard: {title}" font-family="{_FONT}">',
         f'<rect x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="12" fill="#ffffff" stroke="#d5dce3"/>',
         f'<text x="20" y="36" font-size="20" font-weight="700" fill="#16202a">{title}</text>',
-        f'<text x="{width - 20}" y="36" text-anchor="end" font-size="12.5" fill="#46515c">'
-        "★ primary claim of its chapter</text>",
+        f'<text x="{width - 20}" y="36" text-anchor="end" font-size="12.5" fill="#46515c">{note}</text>',
         _legend(counts["verdicts"], words, 64),
     ]
     for i, (chapter, found) in enumerate(chapters.items()):
         y = 86 + 38 * i
         name = html.escape(f"{chapter[:2]}  {found[0]['title']}")
         lines.append(f'<text x="20" y="{y + 18}" font-size="14" fill="#16202a">{name}</text>')
-        lines += [_tile(212 + 64 * k, y, row) for k, row in enumerate(found)]
+        lines += [_tile(left + 64 * k, y, row) for k, row in enumerate(found)]
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 

@@ -77,10 +77,14 @@ def open_page(browser, address):
             if not request.url.startswith((address, "data:", "blob:")):
                 trouble.append(f"request to another host: {request.url}")
 
+        def note_failed(request):
+            if request.failure != "net::ERR_ABORTED":  # left behind by going to the next page, not failed
+                trouble.append(f"request failed: {request.url}: {request.failure}")
+
         page.on("request", note_outside)
         page.on("console", lambda m: trouble.append(f"console: {m.text}") if m.type == "error" else None)
         page.on("pageerror", lambda error: trouble.append(f"script: {error}"))
-        page.on("requestfailed", lambda request: trouble.append(f"request failed: {request.url}"))
+        page.on("requestfailed", note_failed)
         page.on("response", lambda r: trouble.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
         return page, trouble
 

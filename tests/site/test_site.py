@@ -54,7 +54,7 @@ def test_every_page_loads_with_the_network_off_and_shows_its_maths_and_figures(o
         found += [f"{name}: wider than the window by {extra} px" for extra in [page.evaluate(OVERFLOW)] if extra > 0]
         found += [f"{name}: {text}" for text in trouble]
         trouble.clear()
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def test_maths_is_there_at_all(open_page, address):
@@ -78,7 +78,7 @@ def test_phone_view_has_no_horizontal_overflow_in_light_and_dark(open_page, page
             for scheme, px in [("light", light), ("dark", page.evaluate(OVERFLOW))]
             if px > 0
         ]
-    assert found == []
+    assert not found, "\n".join(found)
 
 
 def test_dark_mode_follows_the_system_and_the_button(open_page, address):
@@ -140,6 +140,14 @@ def test_scoreboard_filters_by_words_chapter_and_verdict(open_page, address):
     hidden = chip.get_attribute("data-verdict")
     assert chip.get_attribute("aria-pressed") == "false"
     assert hidden not in {row.get_attribute("data-verdict") for row in shown.all()}
+
+
+def test_scoreboard_rows_are_readable_cards_on_a_phone(open_page, address):
+    page, _ = open_page(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    page.goto(address + "book/scoreboard.html")
+    widths = "cells => cells.map(c => c.firstElementChild.getBoundingClientRect().width)"
+    assert min(page.eval_on_selector_all("#board td[data-label=Claim]", widths)) > 180
+    assert page.locator("#board thead").is_hidden()
 
 
 def test_a_link_to_a_row_undoes_the_filter_that_hides_it(open_page, address):
