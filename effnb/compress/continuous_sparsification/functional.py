@@ -162,5 +162,6 @@ def hard_gate(w: Tensor, s: Tensor, s0: float | None = 0.0) -> Tensor:
     """
     scale = gate_scale(s0)
     _check([w], [s], 1.0, 0.0)
-    masked = w * (s > 0)
-    return masked if scale == 1.0 else masked * scale
+    # A mask of the weight's type: multiplying by a bool tensor is several times slower on a CPU.
+    mask = (s > 0).to(w.dtype)
+    return w * (mask if scale == 1.0 else mask.mul_(scale))

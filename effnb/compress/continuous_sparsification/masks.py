@@ -181,6 +181,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> MaskHandle:
     """
     layers = {name: layer for name, layer in model.named_modules() if name in masks}
     check_plain(layers)
-    _check_masks({name: layer.weight for name, layer in layers.items()}, masks)
+    weights = {name: layer.weight for name, layer in layers.items()}
+    _check_masks(weights, masks)
     warn_dead(dict(masks))
-    return MaskHandle(model, {name: FixedMask(masks[name].to(layers[name].weight.device)) for name in layers})
+    return MaskHandle(model, {name: FixedMask(masks[name].to(w.device), w.dtype) for name, w in weights.items()})

@@ -48,13 +48,14 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        flat = x.reshape(-1, self.in_features)
-        if len(flat) == 1:
-            out = (self.weight @ flat[0]).unsqueeze(0)
+        weight, bias = self.weight, self.bias
+        if x.numel() == self.in_features:
+            column = x.reshape(-1)
+            out = torch.mv(weight, column) if bias is None else torch.addmv(bias, weight, column)
         else:
-            out = (self.weight @ flat.t()).t()
-        out = out if self.bias is None else out + self.bias
-        return out.reshape(*x.shape[:-1], self.out_features)
+            columns = x.reshape(-1, self.in_features).t()
+            out = weight @ columns if bias is None else torch.addmm(bias.unsqueeze(1), weight, columns)
+        return out.t().reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Sizes and density."""
