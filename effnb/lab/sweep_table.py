@@ -41,7 +41,7 @@ class SweepTable:
 
 
 def values_of(result: Mapping) -> dict[str, float]:
-    """Return the figures of one run (one seed): each claim's, each claim's baseline's, and the noted metrics.
+    """Return the figures of one run (one seed): the noted metrics, each claim's, then each claim's baseline's.
 
     A claim that was measured over more than the seed (timing pairs) gives its estimate; one not tested gives nothing.
 
@@ -49,9 +49,10 @@ def values_of(result: Mapping) -> dict[str, float]:
         result: a chapter's result record.
 
     >>> values_of({"claims": {"a/A1": {"measured": {"per_seed": [2.0]}}}, "metrics": {"loss": [0.5]}})
-    {'a/A1': 2.0, 'loss': 0.5}
+    {'loss': 0.5, 'a/A1': 2.0}
     """
-    found = {}
+    noted = {name: math.fsum(v) / len(v) for name, v in result.get("metrics", {}).items() if v}
+    found, baselines = {}, {}
     for claim, entry in result.get("claims", {}).items():
         measured = entry.get("measured") or {}
         values = measured.get("per_seed") or []
@@ -61,9 +62,8 @@ def values_of(result: Mapping) -> dict[str, float]:
             found[claim] = measured["estimate"]
         baseline = measured.get("baseline_per_seed") or []
         if baseline:
-            found[f"{claim} baseline"] = math.fsum(baseline) / len(baseline)
-    noted = {name: math.fsum(v) / len(v) for name, v in result.get("metrics", {}).items() if v}
-    return {name: float(value) for name, value in (found | noted).items() if value is not None}
+            baselines[f"{claim} baseline"] = math.fsum(baseline) / len(baseline)
+    return {name: float(value) for name, value in (noted | found | baselines).items() if value is not None}
 
 
 def column(values: Sequence[object]) -> list:
@@ -177,9 +177,9 @@ def panel(axes: object, table: SweepTable, metric: str) -> None:
         chosen = seeds[(seeds[rest] == pd.Series(names, index=rest)).all(axis=1)] if rest else seeds
         x = [places[v] for v in group[first]] if first else [0.0]
         error = [(group["mean"] - group["lo"]).fillna(0), (group["hi"] - group["mean"]).fillna(0)]
-        line = axes.errorbar(x, group["mean"], error, marker="o", markersize=4, capsize=3, lw=1.4 if first else 0)
+        line = axes.errorbar(x, group["mean"], error, marker="o", capsize=3, elinewidth=0.8, lw=1.4 if first else 0)
         dots = [places[v] for v in chosen[first]] if first else [0.0] * len(chosen)
-        axes.plot(dots, chosen["value"], ".", color=line[0].get_color(), markersize=3, alpha=0.5)
+        axes.plot(dots, chosen["value"], ".", color=line[0].get_color(), mec="white", mew=0.4)
         if rest:
             line.set_label(label(dict(zip(rest, names, strict=True))))
     axes.set(title=metric, xlabel=first or "")
