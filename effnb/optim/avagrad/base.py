@@ -91,14 +91,13 @@ class DelayedRate(Optimizer):
                 raise ValueError(f"state_dict must come from {name}: parameter {index} has no {', '.join(missing)}")
         super().load_state_dict(state_dict)
 
-    def _state_of(self, p: Tensor, capturable: bool) -> dict[str, Any]:
+    def _fill_state(self, p: Tensor, capturable: bool) -> None:
         state = self.state[p]
-        if not state:
+        if "step" not in state:
             state["step"] = torch.zeros((), device=p.device if capturable else None)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        state.setdefault("carry", {})
-        return state
+        state["carry"] = {}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
@@ -132,7 +131,10 @@ class DelayedRate(Optimizer):
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
-        states = [self._state_of(p, group["capturable"]) for p in params]
+        for p in params:
+            if "carry" not in self.state[p]:
+                self._fill_state(p, group["capturable"])
+        states = [self.state[p] for p in params]
         names = [name for name in DEFAULTS if name != "error_if_nonfinite"]
         group["gamma"] = avagrad(
             params,

@@ -44,9 +44,11 @@ def _real(tensors: list[Tensor]) -> list[Tensor]:
 
 def _run(rule, tensors, steps, gamma, carries, path) -> Scalar:
     """Advance the counters and take one step on real views."""
-    for step in steps:
-        step += 1
-    params, grads, means, squares = map(_real, tensors)
+    # a tensor, lest the slow path wraps the number once for each counter
+    torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1.0)
+    if any(p.is_complex() for p in tensors[0]):
+        tensors = tuple(map(_real, tensors))
+    params, grads, means, squares = tensors
     carries = [{} for _ in params] if carries is None else carries
     if path == "fused":
         return fused_step(params, grads, means, squares, steps, rule, gamma, carries)

@@ -56,9 +56,10 @@ def compile_sweep(key: tuple) -> Callable:
     return _compiled[key]
 
 
-def _signature(tensors: list[Tensor], rule: Rule) -> tuple:
-    layout = tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
-    return layout, bool(rule.weight_decay) and not rule.decoupled, rule.norm == "lagged"
+def _signature(params: list[Tensor], rule: Rule) -> tuple:
+    """Shapes, dtype and device; torch.compile itself guards the strides."""
+    flags = bool(rule.weight_decay) and not rule.decoupled, rule.norm == "lagged"
+    return tuple([p.shape for p in params]), params[0].dtype, params[0].device, *flags
 
 
 def _table(steps: list[Tensor], rule: Rule, gamma: Scalar, like: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ def fused_step(
 
     ``carries`` holds one dictionary per parameter, ``{"key": (eps, beta2), "sum": 0-d tensor}`` or empty.
     """
-    key = _signature([*params, *grads], rule)
+    key = _signature(params, rule)
     sweep = _sweep_or_none(key)
     if sweep is None:
         return _fall_back(params, grads, means, squares, steps, rule, gamma, carries)
@@ -118,10 +119,10 @@ def fused_step(
         fresh = normaliser(carried_squares(squares, steps, carries, rule, params[0].device), params, rule)
     used = chosen_gamma(fresh, gamma, rule, params[0].device)
     table = _table(steps, rule, used, params[0])
-    hyper = [1 - rule.beta1, rule.beta2, rule.eps, rule.weight_decay, -1.0 if rule.maximize else 1.0]
+    hyper = (1 - rule.beta1, rule.beta2, rule.eps, rule.weight_decay, -1.0 if rule.maximize else 1.0)
     hyper = torch.tensor(hyper, dtype=params[0].dtype, device=params[0].device)
     try:
-        sums = sweep(params, grads, means, squares, table, hyper, key[1], key[2])
+        sums = sweep(params, grads, means, squares, table, hyper, *key[-2:])
     except Exception as error:  # compilation failed: nothing has been changed yet
         _give_up(error, key)
         return _fall_back(params, grads, means, squares, steps, rule, gamma, carries)

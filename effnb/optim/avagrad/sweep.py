@@ -8,7 +8,10 @@ import numpy as np
 
 
 class AxisSearch(NamedTuple):
-    """What a search of one axis after the other finds, and what it costs; ``regret`` is against the full grid."""
+    """What a search of one axis after the other finds, and what it costs; ``regret`` is against the full grid.
+
+    Reference: savarese2021avagrad.
+    """
 
     lr: float
     eps: float
@@ -125,7 +128,7 @@ class SweepResult:
 
         ax = plt.subplots()[1] if ax is None else ax
         image = ax.imshow(self.table, origin="lower", aspect="auto", **options)
-        ax.set_xticks(range(len(self.lrs)), [f"{lr:.2g}" for lr in self.lrs])
+        ax.set_xticks(range(len(self.lrs)), [f"{float(f'{lr:.2g}'):g}" for lr in self.lrs])
         ax.set_yticks(range(len(self.epss)), [f"{eps:g}".replace("e-0", "e-") for eps in self.epss])
         best = np.interp(np.log10(self.best_lr_per_eps()), np.log10(self.lrs), range(len(self.lrs)))
         ax.plot(best, range(len(self.epss)), marker="o", color="white", markeredgecolor="black")
