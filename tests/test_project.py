@@ -57,3 +57,9 @@ def test_nothing_is_tracked_that_should_not_be():
     large = [p for p in tracked if (ROOT / p).is_file() and (ROOT / p).stat().st_size > 8_000_000]
     assert not large
     assert not [p for p in tracked if p.startswith(("_build/", ".venv/")) or p.endswith((".pt", ".pyc"))]
+
+
+def test_the_example_of_the_readme_runs():
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout.split()[0]) < -60, done.stdout + done.stderr
