@@ -38,7 +38,8 @@ FIGURES = """async () => {
 MATHS = """() => [...document.querySelectorAll(".bd-article .math")]
   .filter((node) => !node.querySelector("mjx-container") || node.querySelector("mjx-merror"))
   .map((node) => node.textContent.slice(0, 60))"""
-OVERFLOW = "() => document.documentElement.scrollWidth - window.innerWidth"
+# A phone zooms out until an overflowing page fits, and innerWidth grows with it: the layout's own width does not.
+OVERFLOW = "() => { const e = document.documentElement; return e.scrollWidth - Math.min(e.clientWidth, innerWidth); }"
 BRIGHTNESS = """() => getComputedStyle(document.body).backgroundColor.match(/[0-9.]+/g).slice(0, 3)
   .reduce((sum, value) => sum + Number(value), 0) / 3"""
 
