@@ -9,6 +9,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from effnb.lab import site
 from effnb.lab.paths import root
 
 ROOT = root()
@@ -63,3 +64,7 @@ def test_the_example_of_the_readme_runs():
     example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
     assert done.returncode == 0 and float(done.stdout.split()[0]) < -60, done.stdout + done.stderr
+
+
+def test_the_readme_shows_the_committed_results():
+    assert not site.outdated(), "run `effnb claims --write`"

@@ -195,23 +195,28 @@ def build(notebooks_dir: Path | None = None, results_dir: Path | None = None, ou
     return 0
 
 
+def outdated(results_dir: Path | None = None) -> dict[Path, str]:
+    """The README and the committed pictures that do not show the results, with the text that they should have.
+
+    Args:
+        results_dir: default the committed ``book/results/``.
+    """
+    results, static = Path(results_dir or committed_results()), root() / "book" / "_static"
+    found, readme = rows(root() / "notebooks", results), root() / "README.md"
+    texts = {static / name: picture for name, picture in _pictures(found).items()}
+    if readme.is_file():
+        table = scoreboard.readme_table(found, performance.headline(_bench(results)))
+        texts[readme] = scoreboard.replace_block(readme.read_text(), table)
+    return {path: text for path, text in texts.items() if not path.is_file() or path.read_text() != text}
+
+
 def refresh(results_dir: Path | None = None) -> list[Path]:
     """Bring the README's table and the committed pictures up to date with the results; returns the files it changed.
 
     Args:
         results_dir: default the committed ``book/results/``.
     """
-    results, readme, static = (
-        Path(results_dir or committed_results()),
-        root() / "README.md",
-        root() / "book" / "_static",
-    )
-    found = rows(root() / "notebooks", results)
-    texts = {static / name: picture for name, picture in _pictures(found).items()}
-    if readme.is_file():
-        table = scoreboard.readme_table(found, performance.headline(_bench(results)))
-        texts[readme] = scoreboard.replace_block(readme.read_text(), table)
-    changed = [path for path, text in texts.items() if not path.is_file() or path.read_text() != text]
-    for path in changed:
-        write_atomically(path, texts[path])
-    return changed
+    texts = outdated(results_dir)
+    for path, text in texts.items():
+        write_atomically(path, text)
+    return list(texts)

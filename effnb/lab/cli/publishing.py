@@ -18,9 +18,13 @@ def claims(
     built: Annotated[
         bool, typer.Option("--built", help="Judge the results in _build instead of the committed ones.")
     ] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Also bring the README's table and pictures up to date with the results.")
+    ] = False,
 ) -> None:
     """Judge all claims anew from their stored values; ends with code 1 if anything does not fit."""
     from effnb.lab import claims as judged
+    from effnb.lab import site as pages
 
     if diff is not None:
         try:
@@ -31,6 +35,8 @@ def claims(
         return
     results = results_root() if built else committed_results()
     problems = judged.check(results=results)
+    if write and not problems:
+        pages.refresh(results)
     scoreboard(results)
     for line in problems:
         console.print(f"[red]claims:[/red] {line}", highlight=False)
