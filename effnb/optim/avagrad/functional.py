@@ -7,6 +7,8 @@ from effnb.optim.avagrad.eager import foreach_step, single_step
 from effnb.optim.avagrad.fused import check_fusable, fused_step
 from effnb.optim.avagrad.rule import Rule, Scalar
 
+_ONE = torch.tensor(1.0, device="cpu")
+
 
 def check_step(params: list[Tensor], grads: list[Tensor], owner: str, error_if_nonfinite: bool = False) -> None:
     """Refuse sparse gradients and, on request, non-finite ones, before anything is changed."""
@@ -44,8 +46,8 @@ def _real(tensors: list[Tensor]) -> list[Tensor]:
 
 def _run(rule, tensors, steps, gamma, carries, path) -> Scalar:
     """Advance the counters and take one step on real views."""
-    # a tensor, lest the slow path wraps the number once for each counter
-    torch._foreach_add_(steps, torch.ones((), device=steps[0].device), alpha=1.0)
+    # a tensor on the host, lest the slow path wraps the number once for each counter
+    torch._foreach_add_(steps, _ONE if steps[0].is_cpu else 1.0)
     if any(p.is_complex() for p in tensors[0]):
         tensors = tuple(map(_real, tensors))
     params, grads, means, squares = tensors

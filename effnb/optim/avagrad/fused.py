@@ -1,5 +1,6 @@
 """The fused path: one compiled in-place sweep that also sums the squared rates of the next step."""
 
+import functools
 import types
 import warnings
 from collections.abc import Callable
@@ -75,6 +76,13 @@ def _table(steps: list[Tensor], rule: Rule, gamma: Scalar, like: Tensor) -> Tens
     return torch.tensor(rows, dtype=like.dtype, device=like.device)
 
 
+@functools.lru_cache(maxsize=64)
+def _hyper(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What rarely changes between steps, as a tensor, so that a change compiles nothing anew."""
+    *numbers, maximize = values
+    return torch.tensor([*numbers, -1.0 if maximize else 1.0], dtype=dtype, device=device)
+
+
 def _initial_sum(square: Tensor, root: Scalar, eps: float) -> Tensor:
     """The sum of squared rates from scratch: the first step, or after a change of eps or beta2."""
     return (1 / (square.sqrt() * root + eps)).square().sum()
@@ -119,8 +127,7 @@ def fused_step(
         fresh = normaliser(carried_squares(squares, steps, carries, rule, params[0].device), params, rule)
     used = chosen_gamma(fresh, gamma, rule, params[0].device)
     table = _table(steps, rule, used, params[0])
-    hyper = (1 - rule.beta1, rule.beta2, rule.eps, rule.weight_decay, -1.0 if rule.maximize else 1.0)
-    hyper = torch.tensor(hyper, dtype=params[0].dtype, device=params[0].device)
+    hyper = _hyper((1 - rule.beta1, rule.beta2, rule.eps, rule.weight_decay, rule.maximize), *key[1:3])
     try:
         sums = sweep(params, grads, means, squares, table, hyper, *key[-2:])
     except Exception as error:  # compilation failed: nothing has been changed yet
