@@ -466,9 +466,16 @@ def test_wrong_order_of_calls():
     handle = scatter_scores(apply_cs(net()))
     with pytest.raises(RuntimeError, match="checkpoint"):
         handle.rewind()
+    handle.checkpoint()
     handle.hard()
     with pytest.raises(RuntimeError, match="soft gates"):
         handle.end_round()
+    handle.rewind()
+    handle.fold()
+    with pytest.raises(RuntimeError, match="lose the scale"):
+        handle.rewind()
+    with pytest.raises(RuntimeError, match="not possible after fold"):
+        handle.hard(False)
 
 
 def test_shared_weights_are_refused():

@@ -90,6 +90,20 @@ def test_magnitude_mask_against_the_obvious_loop():
         assert torch.equal(mask, model.get_submodule(name).weight.abs() >= threshold)
 
 
+@given(densities, st.integers(0, 3), st.integers(0, 3), st.sampled_from([1.0, 3.0, 1e6]))
+@settings(max_examples=60, deadline=None)
+def test_top_k_equals_a_full_stable_sort(density, seed, min_keep, levels):
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: (torch.randn(7, 5, generator=generator) * levels).round() for name in "abc"}
+    masks = top_k_masks(scores, density, min_keep)
+    flat = torch.stack(list(scores.values())).flatten(1)
+    for row in flat:
+        row[row.argsort(descending=True, stable=True)[:min_keep]] = torch.inf
+    expected = torch.zeros(105, dtype=torch.bool)
+    expected[flat.flatten().argsort(descending=True, stable=True)[: max(1, round(density * 105), 3 * min_keep)]] = True
+    assert torch.equal(torch.stack(list(masks.values())).flatten(), expected)
+
+
 def test_ties_are_broken_by_position_and_min_keep_is_kept():
     masks = top_k_masks({"a": torch.zeros(4), "b": torch.zeros(4)}, 0.5)
     assert masks["a"].all() and not masks["b"].any()
@@ -333,6 +347,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     ("call", "message"),
     [
         (lambda: global_magnitude_mask(net(), 1.0), "sparsity must be in"),
+        (lambda: top_k_masks({}, 0.5), "scores must name"),
         (lambda: top_k_masks({"a": torch.ones(2)}, 0.0), "density must be in"),
         (lambda: top_k_masks({"a": torch.tensor([float("nan")])}, 0.5), "NaN"),
         (lambda: top_k_masks({"a": torch.ones(2)}, 0.5, -1), "min_keep must be"),

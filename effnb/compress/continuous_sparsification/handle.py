@@ -33,7 +33,7 @@ class CSHandle(GatedLayers):
         self, model: nn.Module, gates: dict[str, ContinuousGate], min_keep: int = 0, foreach: bool = False
     ) -> None:
         super().__init__(model, gates)
-        self.min_keep = min_keep
+        self.min_keep, self._folded = min_keep, False
         self._hooks = []
         if foreach:
             self._hooks.append(model.register_forward_pre_hook(lambda *_: self._gate_all()))
@@ -135,6 +135,8 @@ class CSHandle(GatedLayers):
         ``density`` work by flipping the sign of the scores concerned, so the scores always hold the whole ticket.
         """
         self._alive()
+        if not flag and self._folded:
+            raise RuntimeError("hard(False) is not possible after fold(): the mask is in the weights")
         if flag:
             self._settle(density)
             warn_dead(self.masks())
@@ -161,6 +163,15 @@ class CSHandle(GatedLayers):
         for name, weight in self.weights().items():
             weight.copy_(self.gates[name](weight))
             self.gates[name].scale_s0 = None
+        self._folded = True
+
+    def rewind(self) -> None:
+        """Put back what :meth:`checkpoint` saved; the gates stay as they are. Use a new optimiser afterwards."""
+        if self._folded:
+            raise RuntimeError(
+                "rewind() after fold() would lose the scale 1 / sigmoid(s0); use hard() instead of fold()"
+            )
+        super().rewind()
 
     def finalize(self, sparse: bool = False, density: float | None = None) -> nn.Module:
         """Harden (at exactly ``density`` if given), fold, and take the gates off; the handle is used up.

@@ -36,7 +36,7 @@ def top_k_masks(scores: Mapping[str, Tensor], density: float, min_keep: int = 0)
         Name to bool mask of the score's shape.
 
     Raises:
-        ValueError: ``density`` out of range, ``min_keep`` negative, or a score is NaN.
+        ValueError: no scores, ``density`` out of range, ``min_keep`` negative, or a score is NaN.
 
     Reference: frankle2019lottery
 
@@ -46,6 +46,8 @@ def top_k_masks(scores: Mapping[str, Tensor], density: float, min_keep: int = 0)
     check_density(density)
     if min_keep < 0:
         raise ValueError(f"min_keep must be >= 0, got {min_keep}")
+    if not scores:
+        raise ValueError("scores must name at least one tensor, got none")
     flat = torch.cat([score.detach().reshape(-1) for score in scores.values()])
     if flat.isnan().any():
         raise ValueError("scores must not hold NaN")
@@ -54,8 +56,10 @@ def top_k_masks(scores: Mapping[str, Tensor], density: float, min_keep: int = 0)
         for part in flat.split(sizes):
             part[part.argsort(descending=True, stable=True)[:min_keep]] = torch.inf
     count = max(1, round(density * flat.numel()), int((flat == torch.inf).sum()) if min_keep else 0)
-    keep = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    keep[flat.argsort(descending=True, stable=True)[:count]] = True
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    keep = flat > threshold
+    ties = (flat == threshold).nonzero().flatten()
+    keep[ties[: count - int(keep.sum())]] = True
     parts = keep.split([score.numel() for score in scores.values()])
     return {name: part.reshape(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
