@@ -115,8 +115,12 @@ def test_non_finite_gradients_raise_on_request_only(cls, bad):
 def test_fused_refuses_half_precision(cls, dtype):
     p = nn.Parameter(torch.ones(2, dtype=dtype))
     p.grad = torch.ones_like(p)
+    other = one()
+    other[0].grad = torch.ones(3)
+    optimizer = cls([{"params": other}, {"params": [p]}], fused=True)
     with pytest.raises(ValueError, match=f"fused=True needs float32 or float64 parameters, got {dtype}"):
-        cls([p], fused=True).step()
+        optimizer.step()
+    assert not optimizer.state and torch.equal(p, torch.ones_like(p))
 
 
 def test_fused_refuses_mixed_dtypes(cls):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from effnb.optim.avagrad.functional import avagrad, check_paths, check_step
+from effnb.optim.avagrad.functional import avagrad, check_grads, check_paths
+from effnb.optim.avagrad.fused import check_fusable
 
 STATE = ("step", "exp_avg", "exp_avg_sq")
 DEFAULTS = {
@@ -111,7 +112,7 @@ class DelayedRate(Optimizer):
         Raises:
             NotImplementedError: a gradient is sparse.
             ValueError: a gradient is not finite and ``error_if_nonfinite`` is set, or ``fused`` meets a dtype that it
-                does not support. Nothing has been changed then.
+                does not support. No group has been changed then.
 
         Reference: savarese2021avagrad.
         """
@@ -120,8 +121,9 @@ class DelayedRate(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:  # check all groups before changing the first
-            grads = [p.grad for p in group["params"] if p.grad is not None]
-            check_step(group["params"], grads, type(self).__name__, group["error_if_nonfinite"])
+            check_grads([p.grad for p in group["params"]], type(self).__name__, group["error_if_nonfinite"])
+            if group["fused"]:
+                check_fusable([p for p in group["params"] if p.grad is not None])
         with torch.set_grad_enabled(any(group["differentiable"] for group in self.param_groups)):
             for group in self.param_groups:
                 self._step_group(group)

@@ -10,14 +10,14 @@ from effnb.optim.avagrad.rule import Rule, Scalar
 _ONE = torch.tensor(1.0, device="cpu")
 
 
-def check_step(params: list[Tensor], grads: list[Tensor], owner: str, error_if_nonfinite: bool = False) -> None:
+def check_grads(grads: list[Tensor | None], owner: str, error_if_nonfinite: bool = False) -> None:
     """Refuse sparse gradients and, on request, non-finite ones, before anything is changed."""
     for i, grad in enumerate(grads):
-        if grad.layout != torch.strided:
+        if grad is not None and grad.layout != torch.strided:
             raise NotImplementedError(f"{owner} does not support sparse gradients, got {grad.layout} at parameter {i}")
     if error_if_nonfinite:
         for i, grad in enumerate(grads):
-            if not torch.isfinite(grad).all():
+            if grad is not None and not torch.isfinite(grad).all():
                 raise ValueError(f"gradients must be finite (error_if_nonfinite=True), got nan or inf at parameter {i}")
 
 
@@ -129,7 +129,7 @@ def avagrad(
     lengths = [len(x) for x in (params, grads, exp_avgs, exp_avg_sqs, state_steps)]
     if len(set(lengths)) > 1:
         raise ValueError(f"params, grads, exp_avgs, exp_avg_sqs and state_steps must have one length, got {lengths}")
-    check_step(params, grads, "avagrad")
+    check_grads(grads, "avagrad")
     path = choose_path(params, foreach, fused, differentiable)
     if not sum(p.numel() for p in params):
         return gamma
