@@ -86,6 +86,7 @@ class SparseProblem:
         scale: factor on the nonzeros.
         seed: of the matrix and the streams.
         dtype: of everything returned.
+        device: of everything returned; draws are made on the CPU, so that it changes none.
 
     Raises:
         ValueError: for sizes, probabilities or levels outside their ranges.
@@ -107,6 +108,7 @@ class SparseProblem:
     scale: float = 1.0
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         check_count(self.m, "m")
@@ -134,7 +136,7 @@ class SparseProblem:
             U, s, V = torch.linalg.svd(A, full_matrices=False)
             s = torch.logspace(0, -math.log10(self.cond), len(s), dtype=s.dtype)
             A = normalize_columns((U * (s * math.sqrt(self.n) / s.norm())) @ V)[0]
-        return A.to(self.dtype)
+        return A.to(self.device, self.dtype)
 
     @property
     def condition_number(self) -> float:
@@ -164,9 +166,9 @@ class SparseProblem:
         value = torch.randn(shape, generator=g, dtype=torch.float64)
         noise = torch.randn(batch, self.m, generator=g, dtype=torch.float64)
         x = nonzero * (value.sign() if self.magnitude == "sign" else value) * self.scale
-        x = x.to(self.dtype)
+        x = x.to(self.device, self.dtype)
         b = x @ self.A.T
         if self.snr != math.inf:
             sigma = b.std(-1, keepdim=True, correction=0) * 10 ** (-self.snr / 20)
-            b = b + sigma * noise.to(self.dtype)
+            b = b + sigma * noise.to(self.device, self.dtype)
         return x, b

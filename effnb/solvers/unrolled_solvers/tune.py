@@ -73,7 +73,8 @@ class _Search:
     @torch.no_grad()
     def value(self, c: np.ndarray, rows: int | None = None) -> float:
         self.net.c.copy_(torch.as_tensor(c))
-        estimate = self.net(self.b[:rows]).nan_to_num(1e9, 1e9, -1e9)
+        known = self.x[:rows] if self.net.oracle else None
+        estimate = self.net(self.b[:rows], x_true=known).nan_to_num(1e9, 1e9, -1e9)
         return float(recovery_score(estimate, self.x[:rows], self.score))
 
     def offer(self, c: np.ndarray) -> float:
@@ -119,9 +120,11 @@ def _backprop(search: _Search, steps: int, lr: float = 0.03) -> None:
     optimizer = torch.optim.Adam([free], lr=lr)
     for _ in range(steps):
         c = torch.cat([free.exp(), fixed])
-        loss = recovery_score(functional_call(search.net, {"c": c}, (search.b,)), search.x, search.score)
+        known = {"x_true": search.x} if search.net.oracle else {}
+        estimate = functional_call(search.net, {"c": c}, (search.b,), known)
+        loss = recovery_score(estimate, search.x, search.score)
         (gradient,) = torch.autograd.grad(loss, free)
-        search.offer(c.detach().numpy())
+        search.offer(c.detach().cpu().numpy())
         free.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
         optimizer.step()
 
