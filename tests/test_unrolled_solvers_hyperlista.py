@@ -79,9 +79,10 @@ def test_selection_kernel_equals_support_select(seed):
     theta = torch.rand(6, 1, generator=g, dtype=F64)
     p = torch.randint(0, 12, (6, 1), generator=g)
     for counts in (p, torch.zeros_like(p), torch.full_like(p, 11)):
-        assert torch.allclose(
-            select_(z.clone(), theta, counts, z.clone()), support_select(z, theta, counts), atol=1e-14
-        )
+        fast = z.clone()
+        nonzeros = select_(fast, theta, counts, torch.empty_like(z), torch.empty_like(z))
+        assert torch.allclose(fast, support_select(z, theta, counts), atol=1e-14)
+        assert torch.equal(nonzeros.squeeze(1).long(), (fast != 0).sum(1))
 
 
 @quick
