@@ -154,11 +154,19 @@ def test_chains_depend_on_the_seed_alone():
     assert (a == b).all() and (a != c).any()
 
 
+@pytest.mark.parametrize("method", ["adam", "delayed_adam", "sgd"])
+def test_several_decay_rates_at_once_are_those_one_by_one(method):
+    short = {"steps": 50, "chains": 3}
+    together = clipped_chains(method, [0.0, 0.9], **short)
+    np.testing.assert_array_equal(together, [clipped_chains(method, b, **short) for b in (0.0, 0.9)])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method": "sign"}, "method must be one of"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\)"),
+        ({"beta2": [0.5, -0.1]}, r"beta2 must be in \[0, 1\)"),
         ({"probability": 0.0}, "probability in"),
         ({"tail": 0.0}, "tail in"),
         ({"curvature": -1.0}, "curvature, lr and eps must be > 0"),

@@ -1,5 +1,7 @@
 """A stochastic problem in one dimension on which a rate that sees the current gradient goes wrong."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 METHODS = ("adam", "delayed_adam", "sgd")
@@ -7,7 +9,7 @@ METHODS = ("adam", "delayed_adam", "sgd")
 
 def clipped_chains(
     method: str,
-    beta2: float,
+    beta2: float | Sequence[float],
     *,
     curvature: float = 8.0,
     probability: float = 0.2,
@@ -27,7 +29,7 @@ def clipped_chains(
     Args:
         method: ``"adam"`` (rate from :math:`v_t`), ``"delayed_adam"`` (from :math:`v_{t-1}`), or ``"sgd"`` (rate one;
             AvaGrad in one dimension).
-        beta2: decay rate of the second moment, in [0, 1).
+        beta2: decay rate of the second moment, in [0, 1); with several, all see the same random numbers.
         curvature: ``C`` > 0.
         probability: ``p`` in (0, 1).
         lr: step size at the first step, > 0.
@@ -38,7 +40,7 @@ def clipped_chains(
         seed: of the random numbers.
 
     Returns:
-        ``(chains,)`` means.
+        ``(chains,)`` means, or ``(len(beta2), chains)``.
 
     Raises:
         ValueError: an argument out of its range.
@@ -50,7 +52,8 @@ def clipped_chains(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if not 0 <= beta2 < 1 or not 0 < probability < 1 or not 0 < tail <= 1:
+    decay = np.asarray(beta2, dtype=float)[..., None]
+    if not ((decay >= 0) & (decay < 1)).all() or not 0 < probability < 1 or not 0 < tail <= 1:
         raise ValueError(
             f"beta2 must be in [0, 1), probability in (0, 1), tail in (0, 1], got {beta2}, {probability}, {tail}"
         )
@@ -59,18 +62,19 @@ def clipped_chains(
             f"curvature, lr and eps must be > 0, steps and chains >= 1, got {curvature}, {lr}, {eps}, {steps}, {chains}"
         )
     rng = np.random.default_rng(seed)
-    w, v = rng.random(chains), np.zeros(chains)
-    start, total = steps - max(1, round(steps * tail)), np.zeros(chains)
+    w = np.broadcast_to(rng.random(chains), (*decay.shape[:-1], chains))
+    v = np.zeros_like(w)
+    start, total = steps - max(1, round(steps * tail)), np.zeros_like(w)
     for t in range(1, steps + 1):
         g = np.where(rng.random(chains) < probability, curvature * w, -1.0)
-        rate, v = _rate_and_moment(method, v, g, beta2, eps, t)
+        rate, v = _rate_and_moment(method, v, g, decay, eps, t)
         w = np.clip(w - lr / np.sqrt(t) * rate * g, 0, 1)
         if t > start:
             total += w
     return total / (steps - start)
 
 
-def _rate_and_moment(method: str, v: np.ndarray, g: np.ndarray, beta2: float, eps: float, t: int):
+def _rate_and_moment(method: str, v: np.ndarray, g: np.ndarray, beta2: np.ndarray, eps: float, t: int):
     after = beta2 * v + (1 - beta2) * g * g
     if method == "adam":
         return 1 / (np.sqrt(after / (1 - beta2**t)) + eps), after
