@@ -149,16 +149,16 @@ def run(quick: bool = False) -> list[dict]:
             "3x3 convolutions 16-32-64 on 28 x 28, batch 128: time with gates over time without", "lower",
         ),
         row(
-            "training step, MLP", "fused node", "official expression", ratio(dense["official"], dense["ours"]), None,
-            "784-300-100-10, batch 128, penalty included",
+            "training step, MLP, either gate", "fused node", "official expression",
+            ratio(dense["official"], dense["ours"]), None, "784-300-100-10, batch 128, penalty included",
         ),
         row("step under a fixed mask", "apply_masks", "torch.nn.utils.prune", ratio(*masked_steps(images)), None, ""),
     ]  # fmt: skip
     for density in (0.05, 0.01):
         for sizes, target in (([784, 300], 1.0), (SIZES, None)):
-            found, detail = ratio(*inference_pair(density, sizes)), "-".join(map(str, sizes))
-            name = f"one image, {100 * density:g} % kept"
-            rows.append(row(name, "CSR layers", "dense layers", found, target, detail))
+            found, shape = ratio(*inference_pair(density, sizes)), "-".join(map(str, sizes))
+            name = f"one image, {shape}, {100 * density:g} % kept"
+            rows.append(row(name, "CSR layers", "dense layers", found, target, "batch of one"))
     for density in (0.05, 0.01):
         full, small = sizes_on_disk(density)
         rows.append(
