@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from effnb.lab.timing import Ratio, paired_ratio
-from effnb.solvers import HyperLISTA, SparseProblem, analytic_weights, fista, nmse_db
+from effnb.solvers import HyperLISTA, SingleSolver, SparseProblem, analytic_weights, fista, nmse_db
 
 FREE, SYMMETRIC = (0.069, 0.01594, 86.97), (0.0722, 0.01452, 117.9)  # tuned at 250 x 500, 10% nonzeros, 16 layers
 
@@ -160,6 +160,9 @@ def run(quick: bool = False) -> list[dict]:
     add("16 layers", "official layer: 3 products, quantile", ratio, 5.0, f"{size}, batch {part}")
     ratio = timed(official, lambda: symmetric(b[:part]))
     add("16 layers, symmetric weights", "official layer: 3 products, quantile", ratio, None, f"{size}, batch {part}")
+    alone, one = SingleSolver(net), b[0].numpy()
+    ratio = timed(lambda: net(b[:1]), lambda: alone(one))
+    add("one instance", "HyperLISTA in torch, batch 1", ratio, None, f"{size}; ours: SingleSolver")
     ratio = timed(lambda: net(b), products_only(A, b, layers))
     add("distance to the floor", "the matrix products alone", ratio, 2.5, f"{size}, batch {batch}", better="lower")
 

@@ -10,6 +10,7 @@ from effnb.solvers import (
     LISTA,
     LISTACPSS,
     HyperLISTA,
+    SingleSolver,
     SparseProblem,
     analytic_weights,
     fista,
@@ -128,6 +129,20 @@ def test_networks_refuse_bad_dictionaries_and_batches(Net):
         Net(torch.ones(3, 4, dtype=torch.long))
     with pytest.raises(TypeError, match="layers must be an integer"):
         Net(A, layers=2.0)
+
+
+def test_single_solver_refuses_what_it_cannot_do():
+    with pytest.raises(TypeError, match="net must be a HyperLISTA"):
+        SingleSolver(ALISTA(A))
+    for options in ({"oracle": True}, {"cg_after": 2}):
+        with pytest.raises(ValueError, match="neither oracle nor cg_after"):
+            SingleSolver(HyperLISTA(A, **options))
+    solve = SingleSolver(HyperLISTA(A, layers=3))
+    for b, message in ((B.numpy(), "b must be finite with shape"), (B[0].numpy() * math.nan, "b must be finite")):
+        with pytest.raises(ValueError, match=message):
+            solve(b)
+    with pytest.raises(ValueError, match="n_layers must be from 0 to 3"):
+        solve(B[0].numpy(), n_layers=4)
 
 
 def test_training_refuses_other_networks():

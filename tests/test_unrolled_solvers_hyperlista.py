@@ -15,6 +15,7 @@ from effnb.solvers import (
     LISTASS,
     FrozenSupport,
     HyperLISTA,
+    SingleSolver,
     SparseProblem,
     TiLISTA,
     analytic_weights,
@@ -69,6 +70,19 @@ def test_formula_readable_path_and_fast_path_agree(symmetric):
         fast = net(b)
     assert torch.allclose(readable, expected, atol=1e-9)
     assert torch.allclose(fast, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("c", [C, (0.07, 0.016, 2.0), (0.0, 0.01, 5.0)])
+def test_single_solver_equals_the_network(symmetric, c):
+    problem_ = problem()
+    _, b = problem_.sample(5)
+    b[0] = 0
+    scale = torch.linspace(0.5, 2, 80, dtype=F64)
+    for A, options in ((problem_.A, {}), (problem_.A * scale, {"normalize": True})):
+        net = HyperLISTA(A, c, 6, symmetric, **options)
+        one_by_one = torch.stack([torch.as_tensor(SingleSolver(net)(row.numpy())) for row in b])
+        assert torch.allclose(one_by_one, net(b), atol=1e-9)
 
 
 @quick

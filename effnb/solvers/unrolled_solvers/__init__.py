@@ -8,6 +8,7 @@ from effnb.solvers.unrolled_solvers.images import image_patches, merge_patches, 
 from effnb.solvers.unrolled_solvers.layerwise import train_layerwise
 from effnb.solvers.unrolled_solvers.nets import ALISTA, LISTA, LISTACP, LISTACPSS, LISTASS, TiLISTA
 from effnb.solvers.unrolled_solvers.problem import SparseProblem, nmse_db, normalize_columns
+from effnb.solvers.unrolled_solvers.single import SingleSolver
 from effnb.solvers.unrolled_solvers.thresholds import soft_threshold, support_select
 from effnb.solvers.unrolled_solvers.tune import TuneResult, recovery_score, tune_hyperlista
 from effnb.solvers.unrolled_solvers.weights import analytic_weights, mutual_coherence
@@ -20,6 +21,7 @@ __all__ = [
     "LISTASS",
     "FrozenSupport",
     "HyperLISTA",
+    "SingleSolver",
     "SparseProblem",
     "TiLISTA",
     "TuneResult",
