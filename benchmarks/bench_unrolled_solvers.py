@@ -177,16 +177,16 @@ def run(quick: bool = False) -> list[dict]:
             lambda: net(b, depth),
         )
         detail = f"to {target:.0f} dB: {depth} layers against {count} steps, lambda {keys['lam']:g}, batch {batch}"
-        add(f"to {target:.0f} dB", name, ratio, 20.0, detail)
+        add(f"to {target:.0f} dB: {name}", name, ratio, 20.0, detail)
     for name, peer in lasso_peers(A, b[:few], x[:few]).items():
         if isinstance(peer, str):
-            add(f"to {target:.0f} dB", name, None, None, peer)
+            add(f"to {target:.0f} dB: {name}", name, None, None, peer)
             continue
         reached = float(nmse_db(peer().float(), x[:few]))
         ratio = scaled(timed(peer, lambda: net(b, depth)), batch / few)
         goal = 100.0 if name == "scikit-learn Lasso" else None
         add(
-            f"to {target:.0f} dB",
+            f"to {target:.0f} dB: {name}",
             name,
             ratio,
             goal,
