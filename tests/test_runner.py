@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,20 +47,40 @@ def test_unknown_chapter_profile_and_jobs_are_named(toy_book):
         runner.execute_all(["toy"], jobs=0)
 
 
-def test_a_chapter_that_hangs_is_killed_with_its_kernel(toy_book):
-    mark = toy_book / "pid"
+def hang(book) -> Path:
+    """Add a chapter that never ends; its kernel writes its process number to the file returned."""
+    mark = book / "pid"
     source = f"import os, time, pathlib\npathlib.Path({str(mark)!r}).write_text(str(os.getpid()))\ntime.sleep(600)"
     opening = 'from effnb.lab import claims\n\nclaims.at_a_glance("toy", "book")'
-    (toy_book / "notebooks" / "02_slow.ipynb").write_text(toy_notebook({opening: source}))
+    (book / "notebooks" / "02_slow.ipynb").write_text(toy_notebook({opening: source}))
+    return mark
+
+
+def wait_for(condition, seconds=30.0) -> bool:
+    end = time.perf_counter() + seconds
+    while not condition() and time.perf_counter() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+def test_a_chapter_that_hangs_is_killed_with_its_kernel(toy_book):
+    mark = hang(toy_book)
     record = runner.execute("slow", timeout=20)
     assert record.status == "timeout" and 20 <= record.seconds < 40
-    pid = int(mark.read_text())
-    for _ in range(100):
-        if not Path(f"/proc/{pid}").exists():
-            break
-        time.sleep(0.1)
-    assert not Path(f"/proc/{pid}").exists()
+    kernel = Path(f"/proc/{mark.read_text()}")
+    assert wait_for(lambda: not kernel.exists())
     assert not (toy_book / "_build" / "executed" / "02_slow.ipynb").exists()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_command_leaves_no_process_behind(toy_book, sign):
+    mark = hang(toy_book)
+    command = subprocess.Popen([sys.executable, "-m", "effnb.lab.cli", "run", "slow"], stdout=subprocess.DEVNULL)
+    assert wait_for(lambda: mark.exists() and mark.read_text(), 60)
+    command.send_signal(sign)
+    assert command.wait(30) != 0
+    kernel = Path(f"/proc/{mark.read_text()}")
+    assert wait_for(lambda: not kernel.exists())
 
 
 def test_update_twice_gives_no_diff_and_nothing_volatile(toy_book):

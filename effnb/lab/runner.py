@@ -23,6 +23,7 @@ from effnb.lab.paths import committed_results, results_root, root, write_atomica
 
 #: Seconds after which a chapter is stopped, by profile.
 TIMEOUTS = {"smoke": 180, "book": 900, "paper": 7 * 24 * 3600}
+_WORKERS: set[subprocess.Popen] = set()
 _VOLATILE = ("runtime_s", "cpu_s", "hardware", "software", "digest")
 
 
@@ -113,6 +114,7 @@ def execute(
         text=True,
         start_new_session=True,
     )
+    _WORKERS.add(worker)
     expired = threading.Event()
     limit = TIMEOUTS.get(profile, TIMEOUTS["book"]) if timeout is None else timeout
     timer = threading.Timer(limit, lambda: (expired.set(), _kill(worker)))
@@ -128,6 +130,7 @@ def execute(
     finally:
         timer.cancel()
         _kill(worker)
+        _WORKERS.discard(worker)
     status = "timeout" if expired.is_set() else "ok" if code == 0 else "failed"
     error = "" if status == "ok" else "".join(log[-40:]) or f"worker ended with code {code}"
     return RunRecord(system, status, time.perf_counter() - begun, Path(out), error)
@@ -183,7 +186,13 @@ def execute_all(
 
     first = sorted(systems, key=expected_seconds, reverse=True)
     with ThreadPoolExecutor(jobs) as pool:
-        records = dict(zip(first, pool.map(one, first), strict=True))
+        try:
+            records = dict(zip(first, pool.map(one, first), strict=True))
+        except BaseException:  # Ctrl-C: without this the pool would wait for the chapters to end
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in list(_WORKERS):
+                _kill(worker)
+            raise
     return [records[system] for system in systems]
 
 

@@ -1,9 +1,11 @@
 """The worker process of one chapter: ``python -m effnb.lab.worker '{"system": ..., ...}'``."""
 
+import ctypes
 import json
 import logging
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +25,12 @@ class _Progress(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if found := re.match(r"Executing Cell (\d+)", record.getMessage()):
             print("@cell", found[1], self.cells, flush=True)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it is gone, however that ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def run(task: dict) -> int:
@@ -65,4 +73,5 @@ def run(task: dict) -> int:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     sys.exit(run(json.loads(sys.argv[1])))
