@@ -44,6 +44,7 @@ def run_with_progress(
 
         def on_done(record: runner.RunRecord) -> None:
             done[record.system] = 1.0
+            bars.update(tasks[record.system], total=1, completed=1)
             bars.update(whole, completed=sum(weight[s] * done[s] for s in systems))
             if not console.is_terminal:
                 console.print(f"{record.system}: {record.status} after {record.seconds:.1f} s", highlight=False)
