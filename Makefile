@@ -3,16 +3,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MPLBACKEND := agg
 
-.PHONY: book test lint unit smoke site site-test bench lab clean
+.PHONY: book test lint check unit smoke site site-test bench lab clean
 
 book: $(VENV)/.ready  ## execute every chapter, judge all claims, build the site into _build/html
 	$(BIN)/effnb book
 
-test: lint unit smoke site-test  ## lint, unit and property tests, chapters at smoke scale, the site in a browser
+test: lint check unit smoke site-test  ## lint, committed results, unit and property tests, chapters at smoke scale, the site in a browser
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check: $(VENV)/.ready
+	$(BIN)/effnb stale --ignore python
+	$(BIN)/effnb claims
 
 unit: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not site"

@@ -100,6 +100,7 @@ def test_a_stale_chapter_is_red(published):
 def test_a_changed_lock_or_module_makes_a_chapter_stale(published, monkeypatch):
     (published / "requirements.lock").write_text("numpy==3\n")
     assert runner.stale() == {"toy": ["lock"]}
+    assert effnb("stale").exit_code == 1 and effnb("stale", "--ignore", "lock").exit_code == 0
     monkeypatch.setattr("effnb.lab.key.module_hash", lambda name: "other")
     assert "effnb.lab.claims.recorder" in runner.stale()["toy"]
 

@@ -44,9 +44,15 @@ def claims(
 
 
 @app.command()
-def stale(systems: Chapters = None) -> None:
+def stale(
+    systems: Chapters = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A part of the key that may differ: notebook, lock or python.")
+    ] = None,
+) -> None:
     """Name the chapters whose committed result no longer fits their sources; ends with code 1 if there are any."""
-    found = runner.stale(chosen(systems))
+    found = {system: set(parts) - set(ignore or []) for system, parts in runner.stale(chosen(systems)).items()}
+    found = {system: sorted(parts) for system, parts in found.items() if parts}
     for system, parts in found.items():
         console.print(f"{system}: changed since its run: {', '.join(parts)}", highlight=False)
     if not found:
