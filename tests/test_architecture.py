@@ -126,6 +126,18 @@ def test_claims_cite_known_sources_and_real_sections():
 
 
 @pytest.mark.parametrize("system", list(chapters()))
+def test_papermill_explains_every_parameter(system, caplog):
+    import papermill
+
+    found = papermill.inspect_notebook(str(chapters()[system]))
+    cells = json.loads(chapters()[system].read_text())["cells"]
+    (cell,) = (c for c in cells if "parameters" in c["metadata"].get("tags", []))
+    names = [line.split(":")[0] for line in "".join(cell["source"]).splitlines() if line.strip()]
+    assert list(found) == names and not caplog.messages
+    assert all(parameter["help"] for parameter in found.values())
+
+
+@pytest.mark.parametrize("system", list(chapters()))
 def test_chapters_are_in_the_house_style(system):
     path = chapters()[system]
     cells = json.loads(path.read_text())["cells"]
