@@ -135,6 +135,8 @@ def test_papermill_explains_every_parameter(system, caplog):
     names = [line.split(":")[0] for line in "".join(cell["source"]).splitlines() if line.strip()]
     assert list(found) == names and not caplog.messages
     assert all(parameter["help"] for parameter in found.values())
+    text = "".join("".join(c["source"]) for c in cells)
+    assert not re.search(r"-p \w+ [\"'\[{]", text), "papermill -p takes a list as a string: use -y"
 
 
 @pytest.mark.parametrize("system", list(chapters()))
