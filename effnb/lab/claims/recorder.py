@@ -141,7 +141,7 @@ class Recorder:
             n_seeds=len(seeds),
             verdict=verdict,
             contradicted=contradicted,
-            note=". ".join(filter(None, [reason, note])),
+            note=". ".join(part[0].upper() + part[1:] for part in (reason, note) if part),
             deviations=[dict(d) for d in deviations],
         )
         return verdict

@@ -31,6 +31,7 @@ ENTRIES = {
     "python-topics": Entry(text.python_topics, ("python-topics.txt",)),
     "fashion-mnist": Entry(images.fashion_mnist, files.FASHION),
     "cifar10": Entry(images.cifar10, ("cifar10/cifar10_subset.npz",)),
+    **{name: Entry(partial(nas.nano_bench, name), (f"{name}.csv",)) for name in ("nano-bench", "nano-width")},
     "nas-bench-201": Entry(nas.nas_bench_201, nas.FILES),
     **{name: Entry(partial(graphs.planetoid, name), graphs.set_files(name)) for name in graphs.FOLDERS},
     "pubmed-structure": Entry(graphs.pubmed_structure, graphs.set_files("pubmed-structure")),

@@ -72,7 +72,7 @@ def joint_digest(relatives: tuple[str, ...]) -> str:
 
 def remedy(name: str) -> str:
     """Return the sentence that tells how to get the files of a data set."""
-    if name in ("fashion-mnist-10k", "python-topics"):
+    if name in ("fashion-mnist-10k", "python-topics", "nano-bench", "nano-width"):
         restore = "restore it by `git checkout -- data/`" if (CHECKOUT / ".git").exists() else "clone the repository"
         return f"It is part of the repository: {restore}, or set EFFNB_DATA to the folder that holds it."
     if name in ("digits", "photos"):

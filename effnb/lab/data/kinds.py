@@ -120,11 +120,13 @@ class Graph(Source):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class NasTable(Source):
-    """The 15,625 cells of NAS-Bench-201, one row each, indexed by the benchmark's architecture number.
+    """Trained networks, one row each.
 
-    Columns of ``table``: ``edges`` (text of six digits, operations of the edges 0>1, 0>2, 1>2, 0>3, 1>3, 2>3 as
-    indices into ``operations``), ``iso_class``, ``params``, ``macs``, ``cifar10_test``, ``cifar100_test``,
-    ``imagenet16_120_test`` (percent) and ``latency_<device>`` (ms, NaN where missing).
+    ``table`` always has ``edges`` (text of six digits, operations of the edges 0>1, 0>2, 1>2, 0>3, 1>3, 2>3 as indices
+    into ``operations``), ``params`` and ``macs``. NAS-Bench-201, indexed by the benchmark's architecture number, adds
+    ``iso_class``, ``cifar10_test``, ``cifar100_test``, ``imagenet16_120_test`` (percent) and ``latency_<device>`` (ms,
+    NaN where missing). nano-bench adds ``width1``, ``width2``, ``depth``, ``connected``, ``train_seconds``,
+    ``acc_seed0`` .. ``acc_seed2``, ``acc_mean`` (percent) and ``loss_mean``.
     """
 
     table: pd.DataFrame
@@ -132,9 +134,10 @@ class NasTable(Source):
     operations: tuple[str, ...]
 
     def size(self) -> str:
-        """Return the number of architectures, distinct ones and devices."""
-        distinct = self.table["iso_class"].nunique()
-        return f"{len(self.table):,} architectures, {distinct:,} distinct, latency on {len(self.devices)} devices"
+        """Return the number of architectures, of distinct ones where the table knows them, and of devices."""
+        distinct = f", {self.table['iso_class'].nunique():,} distinct" if "iso_class" in self.table else ""
+        devices = f", latency on {len(self.devices)} devices" if self.devices else ""
+        return f"{len(self.table):,} architectures{distinct}{devices}"
 
 
 def rows(x: Tensor | list, index: Tensor) -> Tensor | list:

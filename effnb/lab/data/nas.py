@@ -1,4 +1,4 @@
-"""The table of NAS-Bench-201: accuracies, parameters, multiply-adds and latencies of 15,625 cells."""
+"""Tables of trained cells: NAS-Bench-201 (15,625 of them, optional) and our own nano-bench (embedded)."""
 
 from io import BytesIO
 
@@ -29,3 +29,11 @@ def nas_bench_201() -> NasTable:
         name, "NATS-Bench (Dong et al. 2021), HELP (Lee et al. 2021), from EFFNB_DATA", files.joint_digest(FILES),
         "MIT", pd.concat([table, pd.DataFrame(columns)], axis=1), tuple(latency), OPERATIONS,
     )  # fmt: skip
+
+
+def nano_bench(name: str) -> NasTable:
+    """Return our own table of small trained networks: ``nano-bench`` (400 cells) or ``nano-width`` (50 widths)."""
+    relative = f"{name}.csv"
+    table = pd.read_csv(BytesIO(files.read(relative, name)), dtype={"edges": str}, index_col="index")
+    source = "trained by data/make_nano_bench.py on Fashion-MNIST (Xiao et al. 2017)"
+    return NasTable(name, source, files.SHA256[relative], "MIT", table, (), OPERATIONS)
