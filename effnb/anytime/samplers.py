@@ -1,0 +1,241 @@
+"""Which subnetworks are trained in a step: uniform, anchored to a path, the sandwich rule, fixed lists.
+
+A sampler is called with T and returns ``(T, n, n)`` adjacency matrices; its ``smallest()`` is the path that the
+sandwich rule trains in every step.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from effnb.anytime.adjacency import Rng, as_rng, check_adjacency
+from effnb.anytime.budget import expected_share, matched_keep
+from effnb.anytime.graph import SuperGraph, check_keeps, sample_masks
+from effnb.anytime.tips import most_important_path, topological_scores
+
+Array = np.ndarray
+STOCK = 256  # subnetworks drawn at once: one at a time would cost more than the training step
+
+
+class UniformSampler:
+    """Independent random subnetworks; the probability of an operation is drawn from a grid.
+
+    Called with ``T=1`` it is single-path one-shot training: one random subnetwork a step.
+
+    Args:
+        graph: the supernet.
+        keeps: probabilities of keeping an operation, one of which is drawn for every subnetwork.
+        rng: generator or seed.
+
+    Raises:
+        ValueError: no or wrong ``keeps``.
+
+    Reference: guo2020single, yu2019universally.
+
+    >>> UniformSampler(SuperGraph(3, [(0, 1), (1, 2), (0, 2)]), (1.0,), rng=0)(2).sum((1, 2))
+    array([3, 3])
+    """
+
+    anchor: list[int] | None = None
+    anchor_keep = 1.0
+
+    def __init__(self, graph: SuperGraph, keeps: Sequence[float] = (0.25, 0.5, 0.75), *, rng: Rng) -> None:
+        if not len(keeps):
+            raise ValueError("keeps must hold at least one probability, got none")
+        self.graph, self.rng = graph, as_rng(rng)
+        self.keeps = check_keeps(np.asarray(keeps, float), len(keeps), self.anchor is not None)
+        self._stock = np.zeros((0, graph.num_edges), bool)
+
+    def __call__(self, T: int) -> Array:
+        """``(T, n, n)`` subnetworks."""
+        if len(self._stock) < T:
+            options = {"anchor": self.anchor, "anchor_keep": self.anchor_keep, "rng": self.rng}
+            count = max(T, STOCK)
+            fresh = sample_masks(self.graph, self.rng.choice(self.keeps, count), count, **options)
+            self._stock = np.concatenate([self._stock, fresh])
+        taken, self._stock = self._stock[:T], self._stock[T:]
+        return self.graph.matrices(taken)
+
+    def smallest(self) -> Array:
+        """``(n, n)`` cheapest subnetwork: the anchor, or without one a path drawn anew."""
+        path = self.graph.random_path(self.rng) if self.anchor is None else self.anchor
+        return self.graph.matrices(self.graph.path_edges(path))
+
+
+class AnchoredSampler(UniformSampler):
+    """Random subnetworks that all hold one path, at the same expected cost as uniform ones.
+
+    Args:
+        graph: the supernet.
+        anchor: nodes of the path.
+        keeps: the probabilities of the uniform sampler to match; the ones in use are in ``keeps`` afterwards.
+        anchor_keep: probability of keeping an operation of the anchor, in (0, 1].
+        costs: ``(E,)`` positive costs of the operations to be matched; ``None`` counts operations.
+        match: ``False`` takes ``keeps`` as they are.
+        rng: generator or seed.
+
+    Raises:
+        ValueError: an anchor that is no path or costs more than the expected cost, wrong probabilities.
+
+    Reference: li2023tips.
+
+    >>> graph = SuperGraph(4, [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)])
+    >>> bool((AnchoredSampler(graph, [0, 1, 3], rng=0)(50)[:, 0, 1] == 1).all())
+    True
+    """
+
+    def __init__(
+        self,
+        graph: SuperGraph,
+        anchor: Sequence[int],
+        keeps: Sequence[float] = (0.25, 0.5, 0.75),
+        *,
+        anchor_keep: float = 1.0,
+        costs: Array | None = None,
+        match: bool = True,
+        rng: Rng,
+    ) -> None:
+        rng = as_rng(rng)
+        graph.path_edges(anchor)  # checks that it is a path
+        self.anchor, self.anchor_keep = [int(v) for v in anchor], anchor_keep
+        if match:
+            wanted = [expected_share(graph, q, costs=costs, rng=rng) for q in keeps]
+            keeps = [matched_keep(graph, share, anchor, costs=costs, rng=rng) for share in wanted]
+        super().__init__(graph, keeps, rng=rng)
+
+
+class TIPSSampler(AnchoredSampler):
+    """Random subnetworks that all hold the topologically important path.
+
+    Args:
+        graph: the supernet.
+        keeps: the probabilities of the uniform sampler whose expected cost is matched.
+        T: subnetworks of one training step, coupled in one chain.
+        blocks: chains whose scores are averaged; by default 16 of 4 subnetworks, 64 in all.
+        lam: coupling of the chain.
+        closure: of the chain.
+        reduction: of the path score.
+        refresh_every: estimate scores and path again after this many calls; ``None`` keeps the first.
+        rng: generator or seed.
+        options: of :class:`AnchoredSampler`.
+
+    Raises:
+        ValueError: see :class:`AnchoredSampler` and :func:`topological_scores`.
+
+    Reference: li2023tips.
+
+    >>> TIPSSampler(SuperGraph(4, [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)]), rng=0, match=False).anchor
+    [0, 1, 2, 3]
+    """
+
+    def __init__(
+        self,
+        graph: SuperGraph,
+        keeps: Sequence[float] = (0.25, 0.5, 0.75),
+        *,
+        T: int = 4,
+        blocks: int = 16,
+        lam: float = 1.0,
+        closure: str = "cyclic",
+        reduction: str = "sum",
+        refresh_every: int | None = None,
+        rng: Rng,
+        **options: object,
+    ) -> None:
+        rng = as_rng(rng)
+        self._source, self._chain = SandwichSampler(UniformSampler(graph, keeps, rng=rng)), (T, blocks, lam, closure)
+        self._options, self._wanted, self.reduction = options, tuple(keeps), reduction
+        self.refresh_every, self._calls = refresh_every, 0
+        self.graph, self.rng = graph, rng
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Estimate the scores from fresh subnetworks and take the path that is important now."""
+        self.tas = mean_scores(self._source, *self._chain)
+        path = most_important_path(self.graph.adjacency, self.tas, self.reduction)
+        super().__init__(self.graph, path, self._wanted, rng=self.rng, **self._options)
+
+    def __call__(self, T: int) -> Array:
+        """``(T, n, n)`` subnetworks."""
+        self._calls += 1
+        if self.refresh_every and self._calls % self.refresh_every == 0:
+            self.refresh()
+        return super().__call__(T)
+
+
+class SandwichSampler:
+    """The sandwich rule: the whole supernet, the smallest subnetwork, and T - 2 of another sampler.
+
+    Args:
+        sampler: where the others and the smallest come from.
+
+    Reference: yu2019universally.
+
+    >>> graph = SuperGraph(3, [(0, 1), (1, 2), (0, 2)])
+    >>> SandwichSampler(AnchoredSampler(graph, [0, 2], match=False, rng=0))(4).sum((1, 2))[:2]
+    array([3, 1])
+    """
+
+    def __init__(self, sampler: UniformSampler) -> None:
+        self.sampler, self.graph = sampler, sampler.graph
+
+    def __call__(self, T: int) -> Array:
+        """``(T, n, n)`` subnetworks, T >= 2, the whole one first."""
+        if T < 2:
+            raise ValueError(f"T must be >= 2 for the sandwich rule, got {T}")
+        return np.concatenate([[self.graph.adjacency, self.sampler.smallest()], self.sampler(T - 2)])
+
+
+class JointSampler:
+    """The same subnetworks in every step: joint training, stand-alone training, the largest only.
+
+    Args:
+        subnetworks: binary ``(n, n)`` matrices, all trained in each step.
+
+    Raises:
+        ValueError: no subnetwork, or one that is no valid graph.
+
+    Reference: yu2019slimmable.
+
+    >>> JointSampler([np.triu(np.ones((3, 3)), 1)])(1).shape
+    (1, 3, 3)
+    """
+
+    def __init__(self, subnetworks: Sequence[Array]) -> None:
+        if len(subnetworks) == 0:
+            raise ValueError("subnetworks must hold at least one matrix, got none")
+        self._all = np.array([check_adjacency(a, f"subnetworks[{k}]") for k, a in enumerate(subnetworks)]).astype(int)
+
+    def __call__(self, T: int) -> Array:
+        """All subnetworks; ``T`` must be their number."""
+        if len(self._all) != T:
+            raise ValueError(f"T must be the number of subnetworks {len(self._all)}, got {T}")
+        return self._all
+
+
+def mean_scores(
+    sampler: Callable[[int], Array], T: int = 4, blocks: int = 16, lam: float = 1.0, closure: str = "cyclic"
+) -> Array:
+    """Node scores averaged over several chains, each of the T subnetworks of one training step.
+
+    Args:
+        sampler: gives ``(T, n, n)`` subnetworks when called with T.
+        T: subnetworks of a chain, >= 1.
+        blocks: number of chains, >= 1.
+        lam: coupling.
+        closure: ``"cyclic"`` or ``"symmetric"``.
+
+    Returns:
+        ``(n,)``.
+
+    Raises:
+        ValueError: ``blocks`` below 1, see :func:`topological_scores`.
+
+    Reference: li2023tips.
+
+    >>> mean_scores(JointSampler([np.triu(np.ones((3, 3)), 1)]), T=1, blocks=1)
+    array([0.4, 0.2, 0.4])
+    """
+    if blocks < 1:
+        raise ValueError(f"blocks must be >= 1, got {blocks}")
+    return np.mean([topological_scores(sampler(T), lam, closure).tas for _ in range(blocks)], axis=0)
