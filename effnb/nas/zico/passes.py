@@ -111,6 +111,8 @@ class Inbox:
 def forward_loss(model: nn.Module, state: Mapping[str, Tensor], loss_fn: Loss, x: Tensor, y: Tensor) -> Tensor:
     """Return the finite, differentiable loss of one batch."""
     logits = functional_call(model, dict(state), (x,))
+    # NAS-Bench-201's own networks return (features, logits).
+    logits = logits[-1] if isinstance(logits, tuple | list) else logits
     if loss_fn is F.cross_entropy and not y.is_floating_point() and logits.ndim >= 2:
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= logits.shape[1]:
@@ -196,11 +198,13 @@ def stream(init: str | None, generator: Generator | None, seed: int | None) -> G
 def training(model: nn.Module, seed: int | None) -> Iterator[None]:
     """Training mode inside; modes and the global random state as before outside."""
     modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(list(devices)):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with torch.random.fork_rng(devices):
+            # Not `torch.manual_seed`: it would also reseed devices that nobody forked.
+            for stream in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                if seed is not None:
+                    stream.manual_seed(seed)
             model.train()
             yield
     finally:
