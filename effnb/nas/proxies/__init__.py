@@ -1,13 +1,45 @@
-"""Zero-cost proxies: scores of an untrained network that should rank as its trained accuracy does."""
+"""Zero-cost proxies: scores of an untrained network that should rank as its trained accuracy does.
+
+Every proxy is ``proxy(model, batch, *, loss_fn=..., seed=...) -> float``, leaves the network and the random state as
+they were, and is better when higher unless `available_proxies` says otherwise.
+"""
 
 from ..zico import zico, zico_floor
 from .codes import linear_regions, naswot
 from .gradient import GradientPass, fisher, grad_norm, l2_norm, plain, snip
 from .kernel import grad_sign, knas, ntk_condition
+from .registry import Proxy, available_proxies
 from .saliency import grasp, jacob_cov, synflow
 from .scoring import score_all
-from .size import count_macs, count_params, nn_mass
+from .size import SkipCell, count_macs, count_params, nn_mass
+from .voting import rank_average, vote
 from .zen import zen_score
-def available_proxies():
-    fs = [count_params, count_macs, l2_norm, grad_norm, snip, plain, grasp, fisher, synflow, jacob_cov, naswot, zen_score, ntk_condition, linear_regions, grad_sign, knas, nn_mass, zico, zico_floor]
-    return {f.__name__: f for f in fs}
+
+__all__ = [
+    "GradientPass",
+    "Proxy",
+    "SkipCell",
+    "available_proxies",
+    "count_macs",
+    "count_params",
+    "fisher",
+    "grad_norm",
+    "grad_sign",
+    "grasp",
+    "jacob_cov",
+    "knas",
+    "l2_norm",
+    "linear_regions",
+    "naswot",
+    "nn_mass",
+    "ntk_condition",
+    "plain",
+    "rank_average",
+    "score_all",
+    "snip",
+    "synflow",
+    "vote",
+    "zen_score",
+    "zico",
+    "zico_floor",
+]

@@ -56,11 +56,11 @@ class CodeKernel:
         """Return ``K``, in double precision; raise if no ReLU was seen."""
         if self.products is None:
             raise ValueError("model must use a ReLU, none was seen in its forward pass")
-        return (self.units + self.products) / 2
+        return self.units / 2 + 2 * self.products
 
     def _product(self, x: Tensor) -> Tensor:
-        signs = torch.where(x.flatten(1) > 0, 1.0, -1.0)
-        return sum((part @ part.T).double() for part in signs.split(EXACT - 1, dim=1))
+        halves = (x.flatten(1) > 0).float().sub_(0.5)
+        return sum((part @ part.T).double() for part in halves.split(EXACT, dim=1))
 
 
 def log_determinant(kernel: Tensor) -> float:

@@ -1,0 +1,54 @@
+"""The proxies by name, and which direction of each is better."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..zico import zico, zico_floor
+from .codes import linear_regions, naswot
+from .gradient import fisher, grad_norm, l2_norm, plain, snip
+from .kernel import grad_sign, knas, ntk_condition
+from .saliency import grasp, jacob_cov, synflow
+from .size import count_macs, count_params, nn_mass
+from .zen import zen_score
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """One proxy: its function, which direction is better, the least number of batches, and whether it reads labels."""
+
+    function: Callable[..., float]
+    higher_is_better: bool = True
+    batches: int = 1
+    labels: bool = False
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.function.__name__
+
+
+PROXIES = (
+    Proxy(count_params),
+    Proxy(count_macs),
+    Proxy(l2_norm),
+    Proxy(grad_norm, labels=True),
+    Proxy(snip, labels=True),
+    Proxy(plain, labels=True),
+    Proxy(grasp, labels=True),
+    Proxy(fisher, labels=True),
+    Proxy(synflow),
+    Proxy(jacob_cov),
+    Proxy(naswot),
+    Proxy(zen_score),
+    Proxy(ntk_condition, higher_is_better=False),
+    Proxy(linear_regions),
+    Proxy(grad_sign, labels=True),
+    Proxy(knas),
+    Proxy(nn_mass),
+    Proxy(zico, batches=2, labels=True),
+    Proxy(zico_floor, batches=2, labels=True),
+)
+
+
+def available_proxies() -> dict[str, Proxy]:
+    return {proxy.name: proxy for proxy in PROXIES}
