@@ -1,3 +1,5 @@
 """Fine-tuning: adapters, chains of them and cheaper backward passes."""
 
-__all__ = []
+from effnb.finetune.cola import LoRALinear, inject_lora
+
+__all__ = ["LoRALinear", "inject_lora"]
