@@ -1,12 +1,15 @@
 """Mean of magnitudes and standard deviation of gradients over batches, streamed in buckets that fit a cache."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-#: Elements a bucket: 1 MB of float32, so that the passes over a bucket read a cache and not the memory.
-BUCKET = 2**18
+from .bucket import Bucket, Scratch
+
+#: Elements a bucket: half a megabyte of float32, so that all passes over a bucket find it in a cache.
+BUCKET = 2**17
 Gradients = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
@@ -57,11 +60,14 @@ class GradientMoments:
 
     def lay_out(self, like: Mapping[str, Tensor]) -> None:
         """Distribute tensors over buckets in their order: small ones share a bucket, a large one has its own."""
-        size = BUCKET
+        size, last, scratch = BUCKET, None, {}
         for name, tensor in like.items():
-            if size + tensor.numel() > BUCKET or self.buckets[-1].dtype != tensor.dtype:
-                self.buckets.append(Bucket(tensor.dtype, self.absolute))
-                size = 0
+            # Half precision has too few digits for sums of squares.
+            kind = (torch.promote_types(tensor.dtype, torch.float32), tensor.device)
+            if size + tensor.numel() > BUCKET or kind != last:
+                scratch.setdefault(kind, Scratch(*kind, BUCKET))
+                self.buckets.append(Bucket(scratch[kind], self.absolute))
+                size, last = 0, kind
             self.buckets[-1].shapes[name] = tensor.shape
             size += tensor.numel()
 
@@ -78,11 +84,24 @@ class GradientMoments:
         """Return the standard deviation of every element (divided by N), in the form that ``update`` was given."""
         return self._shaped("std")
 
-    def sums(self, variant: str) -> dict[str, Tensor]:
-        """Return for each tensor the float64 sum over its elements of the terms of ``variant`` (see `zico_terms`)."""
+    def sums(self, variant: str) -> dict[str, float]:
+        """Return for each tensor the sum over its elements of the terms of ``variant`` (see `score.VARIANTS`).
+
+        Raises:
+            ValueError: fewer than two batches, or ``"paper"`` of more than two without ``absolute``.
+        """
         if self.count < 2:
             raise ValueError(f"moments must hold at least 2 batches, got {self.count}")
-        return {name: total for bucket in self.buckets for name, total in bucket.sums(variant).items()}
+        if variant == "paper" and self.count > 2 and not self.absolute:
+            raise ValueError("variant 'paper' needs GradientMoments(absolute=True) beyond two batches")
+        totals = numbers([total for bucket in self.buckets for total in bucket.fast_sums(variant)])
+        result: dict[str, float] = {}
+        for bucket in self.buckets:
+            found = [totals.pop(0) for _ in bucket.shapes]
+            if not all(map(math.isfinite, found)):
+                found = numbers(bucket.exact_sums(variant))
+            result |= zip(bucket.shapes, found, strict=True)
+        return result
 
     def nbytes(self) -> int:
         """Return the bytes kept between two batches."""
@@ -93,7 +112,7 @@ class GradientMoments:
             raise ValueError("moments must hold at least one batch, got none")
         named: dict[str, Tensor] = {}
         for bucket in self.buckets:
-            flat = torch.cat([getattr(bucket, what)(*parts) for parts in bucket.chunks()])
+            flat = getattr(bucket, what)(*bucket.state)
             pieces = flat.split([shape.numel() for shape in bucket.shapes.values()])
             named |= {n: p.view(shape) for (n, shape), p in zip(bucket.shapes.items(), pieces, strict=True)}
         if self._kind is dict:
@@ -114,94 +133,6 @@ def as_mapping(grads: Gradients) -> dict[str, Tensor]:
     return named
 
 
-class Bucket:
-    """Tensors whose flat moments lie in one piece of memory.
-
-    ``state`` is ``[g1]``, ``[g1, g2]`` or, from three batches on, ``[mean, squares, magnitudes]`` with the sum of
-    squared deviations and the sum of ``|g|``.
-    """
-
-    def __init__(self, dtype: torch.dtype, absolute: bool) -> None:
-        self.dtype, self.absolute = dtype, absolute
-        self.shapes: dict[str, torch.Size] = {}
-        self.count = 0
-        self.state: list[Tensor] = []
-
-    @torch.no_grad()
-    def add(self, grads: Sequence[Tensor]) -> None:
-        """Fold in one gradient of each tensor, in the order of ``shapes``."""
-        if self.count < 2:
-            flat = torch.cat([grad.reshape(-1) for grad in grads])
-            self.state.append(flat.abs_() if self.absolute else flat)
-        else:
-            if self.count == 2:
-                self._open()
-            flat = grads[0].reshape(-1) if len(grads) == 1 else torch.cat([grad.reshape(-1) for grad in grads])
-            for g, mean, squares, magnitudes in zip(*(part.split(BUCKET) for part in (flat, *self.state)), strict=True):
-                welford(g.abs() if self.absolute else g, self.count, mean, squares, magnitudes)
-        self.count += 1
-
-    def _open(self) -> None:
-        """Turn the two samples into mean, squares and magnitudes; in place but for the third."""
-        first, second = self.state
-        magnitudes = first.abs()
-        for g1, g2, total in zip(*(part.split(BUCKET) for part in (first, second, magnitudes)), strict=True):
-            total.add_(g2.abs())
-            difference = g1 - g2
-            g1.add_(g2).mul_(0.5)
-            torch.mul(difference, difference, out=g2).mul_(0.5)
-        self.state = [first, second, magnitudes]
-
-    def chunks(self) -> list[tuple[Tensor, ...]]:
-        """The state in pieces that fit a cache."""
-        return list(zip(*(part.split(BUCKET) for part in self.state), strict=True))
-
-    def mean_abs(self, *parts: Tensor) -> Tensor:
-        """Mean magnitude of one chunk."""
-        if self.count > 2:
-            return parts[2] / self.count
-        return sum(part.abs() for part in parts) / self.count
-
-    def std(self, *parts: Tensor) -> Tensor:
-        """Standard deviation of one chunk."""
-        if self.count > 2:
-            return (parts[1] / self.count).sqrt_()
-        return (parts[0] - parts[-1]).abs_().mul_(0.5)
-
-    @torch.no_grad()
-    def sums(self, variant: str) -> dict[str, Tensor]:
-        """Float64 sum over each tensor of the terms of ``variant``."""
-        sizes = [shape.numel() for shape in self.shapes.values()]
-        chunks = [terms(self, variant, *parts) for parts in self.chunks()]
-        if len(sizes) == 1:
-            totals = [torch.stack([chunk.sum(dtype=torch.float64) for chunk in chunks]).sum()]
-        else:
-            totals = [piece.sum(dtype=torch.float64) for piece in chunks[0].split(sizes)]
-        return dict(zip(self.shapes, totals, strict=True))
-
-
-def welford(g: Tensor, count: int, mean: Tensor, squares: Tensor, magnitudes: Tensor) -> None:
-    """Fold sample number ``count + 1`` into the moments, in place."""
-    delta = g - mean
-    mean.add_(delta, alpha=1 / (count + 1))
-    squares.addcmul_(delta, delta, value=count / (count + 1))
-    magnitudes.add_(delta.copy_(g).abs_())
-
-
-def terms(bucket: Bucket, variant: str, *parts: Tensor) -> Tensor:
-    """Elementwise terms of one chunk, zero where the deviation is zero (but for ``"mean"``)."""
-    if variant == "mean":
-        return bucket.mean_abs(*parts)
-    if variant == "floor":
-        return (parts[0] != parts[1]) if bucket.count == 2 else (parts[1] != 0)
-    if variant == "paper" and not bucket.absolute:
-        if bucket.count > 2:
-            raise ValueError("variant 'paper' needs GradientMoments(absolute=True) beyond two batches")
-        std = (parts[0].abs() - parts[1].abs()).abs_().mul_(0.5)
-    else:
-        std = bucket.std(*parts)
-    # Division by infinity drops an element; an epsilon in its place would let one dead weight rule the score.
-    std.masked_fill_(std == 0, torch.inf)
-    if variant == "std":
-        return std.reciprocal_()
-    return torch.div(bucket.mean_abs(*parts), std, out=std)
+def numbers(totals: Sequence[Tensor]) -> list[float]:
+    """Return 0-d tensors as numbers, with one copy from the device."""
+    return torch.stack([total.double() for total in totals]).tolist()

@@ -9,7 +9,8 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from .moments import Bucket, GradientMoments
+from .bucket import Bucket
+from .moments import GradientMoments
 
 LAYERS = (nn.Conv2d, nn.Linear)
 Batch = tuple[Tensor, Tensor]

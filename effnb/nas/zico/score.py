@@ -2,10 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, nn
 from torch.nn import functional as F
 
 from .moments import GradientMoments
@@ -209,8 +208,8 @@ def per_layer(
     Raises:
         ValueError: if a gradient was not finite, naming the layer.
     """
-    totals = numbers(moments.sums(variant))
-    counts = numbers(moments.sums("floor")) if reduction == "mean" else dict.fromkeys(totals, 1.0)
+    totals = moments.sums(variant)
+    counts = moments.sums("floor") if reduction == "mean" else dict.fromkeys(totals, 1.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     result = {}
     for layer, weight in counted_weights(model, layers).items():
@@ -219,11 +218,6 @@ def per_layer(
             raise ValueError(f"gradient must be finite, got inf or nan in layer {layer!r}")
         result[layer] = math.log(total / max(count, 1)) if total > 0 else 0.0
     return result
-
-
-def numbers(totals: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return 0-d tensors as numbers, with one copy from the device."""
-    return dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:
