@@ -39,6 +39,28 @@ def test_results_and_exceptions_come_in_order_and_a_death_costs_one_item():
     assert seen == dict(enumerate(outcomes))
 
 
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_the_processes_of_a_killed_fan_out_end_too(tmp_path, sign):
+    mark = tmp_path / "pid"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from fanout_items import tell_and_sleep\nfrom effnb.lab.fanout import fan_out\n"
+        f"if __name__ == '__main__':\n    fan_out(tell_and_sleep, [{str(mark)!r}])\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": path})
+    started = time.monotonic()
+    while not (mark.exists() and mark.read_text()):
+        assert time.monotonic() - started < 60
+        time.sleep(0.05)
+    command.send_signal(sign)
+    command.wait(30)
+    worker = Path(f"/proc/{mark.read_text()}")
+    while worker.exists():
+        assert time.monotonic() - started < 90, "the worker outlived the fan-out"
+        time.sleep(0.05)
+
+
 def test_fan_out_checks_its_arguments():
     assert fan_out(act, []) == []
     with pytest.raises(ValueError, match="jobs must be >= 1, got 0"):

@@ -1,8 +1,10 @@
 """One function over many items: on processes of this machine, or on a Ray cluster that is already running."""
 
+import ctypes
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import traceback
 from collections import deque
@@ -22,6 +24,17 @@ def one_thread() -> None:
     os.environ.update(dict.fromkeys(THREADS, "1"))
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it is gone, however that ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _begin() -> None:
+    die_with_parent()
+    one_thread()
 
 
 def fan_out(
@@ -79,7 +92,7 @@ def fan_out(
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
     # Spawn: a forked torch may hang on locks of threads that do not exist in the child.
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=one_thread)
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin)
 
 
 def _on_processes(function: Callable, items: Sequence, jobs: int, done: OnDone) -> None:

@@ -1,16 +1,15 @@
 """The worker process of one chapter: ``python -m effnb.lab.worker '{"system": ..., ...}'``."""
 
-import ctypes
 import json
 import logging
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
 import papermill
 
+from effnb.lab.fanout import die_with_parent
 from effnb.lab.notebooks import refresh_glance
 from effnb.lab.paths import root
 
@@ -25,12 +24,6 @@ class _Progress(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if found := re.match(r"Executing Cell (\d+)", record.getMessage()):
             print("@cell", found[1], self.cells, flush=True)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it is gone, however that ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def run(task: dict) -> int:
