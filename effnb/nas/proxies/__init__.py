@@ -6,12 +6,12 @@ they were, and is better when higher unless `available_proxies` says otherwise.
 
 from ..zico import zico, zico_floor
 from .codes import linear_regions, naswot
-from .gradient import GradientPass, fisher, grad_norm, l2_norm, plain, snip
+from .gradient import GradientPass, fisher, grad_norm, plain, snip
 from .kernel import grad_sign, knas, ntk_condition
 from .registry import Proxy, available_proxies
 from .saliency import grasp, jacob_cov, synflow
 from .scoring import score_all
-from .size import SkipCell, count_macs, count_params, nn_mass
+from .size import SkipCell, count_macs, count_params, l2_norm, nn_mass
 from .voting import rank_average, vote
 from .zen import zen_score
 

@@ -16,11 +16,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextlib.contextmanager
-def pure(model: nn.Module, seed: int | None = 0, replaced: dict[str, Tensor] | None = None) -> Iterator[Call]:
-    """Yield ``call(x)``, the model's logits in train mode, and leave no trace in the model or the generators.
+def pure(
+    model: nn.Module, seed: int | None = 0, replaced: dict[str, Tensor] | None = None, train: bool = True
+) -> Iterator[Call]:
+    """Yield ``call(x)``, the model's logits, and leave no trace in the model or the global generators.
 
-    Buffers are updated on copies, modes are put back module by module (a frozen norm stays frozen), the global
-    generators go back to where they were. ``replaced`` stands in for parameters and buffers of these names.
+    Buffers are updated on copies, the mode is put back module by module (a frozen norm stays frozen), also after an
+    exception. ``replaced`` stands in for parameters and buffers of these names.
     """
     check_model(model)
     tensors = {name: buffer.clone() for name, buffer in model.named_buffers()} | (replaced or {})
@@ -29,11 +31,10 @@ def pure(model: nn.Module, seed: int | None = 0, replaced: dict[str, Tensor] | N
     with torch.random.fork_rng(devices), torch.enable_grad():
         if seed is not None:
             # Not `torch.manual_seed`: it would also reseed devices that nobody forked.
-            torch.default_generator.manual_seed(seed)
-            for index in devices:
-                torch.cuda.default_generators[index].manual_seed(seed)
+            for generator in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
+                generator.manual_seed(seed)
         try:
-            model.train()
+            model.train(train)
             yield lambda *x: logits(functional_call(model, tensors, x))
         finally:
             for module, mode in modes:
@@ -49,7 +50,7 @@ def logits(output: Any) -> Tensor:
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise unless ``model`` is a module of real numbers."""
+    """Raise TypeError unless ``model`` is a module of real numbers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -61,7 +62,7 @@ def read_images(batch: Any, least: int = 1) -> Tensor:
     """Return ``x`` of ``(x, y)``, or of ``x`` alone, with at least ``least`` finite real samples."""
     x = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(x, Tensor) or x.ndim < 2:
-        raise TypeError(f"batch must be a tensor (samples, ...) or a pair of such a tensor and labels, got {_kind(x)}")
+        raise TypeError(f"batch must be a tensor (samples, ...) or a pair of such a tensor and labels, got {kind(x)}")
     if not x.is_floating_point():
         raise TypeError(f"batch must hold real floating-point inputs, got {x.dtype}")
     if len(x) < least:
@@ -74,10 +75,10 @@ def read_images(batch: Any, least: int = 1) -> Tensor:
 def read_batch(batch: Any, least: int = 1) -> tuple[Tensor, Tensor]:
     """Return ``(x, y)`` with as many labels as samples."""
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        raise TypeError(f"batch must be a pair (inputs, labels), got {_kind(batch)}")
+        raise TypeError(f"batch must be a pair (inputs, labels), got {kind(batch)}")
     x, y = read_images(batch, least), batch[1]
     if not isinstance(y, Tensor) or y.ndim < 1 or len(y) != len(x):
-        raise ValueError(f"batch must hold one label a sample: {len(x)} samples, labels {_kind(y)}")
+        raise ValueError(f"batch must hold one label a sample: {len(x)} samples, labels {kind(y)}")
     return x, y
 
 
@@ -89,13 +90,15 @@ def mean_loss(loss_fn: Loss, output: Tensor, y: Tensor) -> Tensor:
             raise ValueError(f"labels must be in 0..{classes - 1} for {classes} outputs, got {low}..{high}")
     loss = loss_fn(output, y)
     if loss.ndim or not loss.isfinite():
-        raise ValueError(f"loss_fn must return one finite number, got {loss if not loss.ndim else tuple(loss.shape)}")
+        got = loss.item() if not loss.ndim else f"shape {tuple(loss.shape)}"
+        raise ValueError(f"loss_fn must return one finite number, got {got}")
     return loss
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the convolution and linear layers by name, each module once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    """Return the convolution and linear layers by name, each module once; their weights are parameters."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    return {name: module for name, module in found.items() if isinstance(module.weight, nn.Parameter)}
 
 
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -110,7 +113,7 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gradients(output: Tensor | list[Tensor], inputs: list[Tensor], **options: Any) -> list[Tensor]:
-    """Return gradients, zeros for tensors that ``output`` does not depend on."""
+    """Return gradients, zeros for inputs that ``output`` does not depend on."""
     outputs = [output] if isinstance(output, Tensor) else output
     if not any(tensor.requires_grad for tensor in outputs):
         return [torch.zeros_like(tensor) for tensor in inputs]
@@ -122,5 +125,6 @@ def total(values: list[Tensor]) -> float:
     return float(torch.stack([value.double() for value in values]).sum())
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """Return how an error message names a value: a tensor by its shape, anything else by its type."""
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

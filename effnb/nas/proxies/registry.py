@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from ..zico import zico, zico_floor
 from .codes import linear_regions, naswot
-from .gradient import fisher, grad_norm, l2_norm, plain, snip
+from .gradient import fisher, grad_norm, plain, snip
 from .kernel import grad_sign, knas, ntk_condition
 from .saliency import grasp, jacob_cov, synflow
-from .size import count_macs, count_params, nn_mass
+from .size import count_macs, count_params, l2_norm, nn_mass
 from .zen import zen_score
 
 

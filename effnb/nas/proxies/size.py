@@ -1,57 +1,188 @@
-"""Proxies that only count: parameters, multiply-adds, and NN-Mass."""
+"""Proxies that only count: parameters, multiply-adds, the weights' norm, and NN-Mass."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
-from ..nb201 import Cell
-from .common import LAYERS, Loss, check_model, pure, read_images
+from ..nb201 import EDGES, Cell
+from .common import Loss, check_model, pure, read_images, total, weights
 
-CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+SKIPS = [pair for pair in EDGES if pair[1] - pair[0] > 1]
+NODES = 1 + max(target for _, target in EDGES)
 
 
 class SkipCell(NamedTuple):
-    """What NN-Mass needs of one cell: the share of its possible skip links that it has, its width and its depth."""
+    """What NN-Mass needs of one cell: the share of possible skip links that it has, its width and its depth.
+
+    Reference: bhardwaj2021nnmass.
+
+    >>> SkipCell(density=0.5, width=16, depth=3)
+    SkipCell(density=0.5, width=16, depth=3)
+    """
 
     density: float
     width: float
     depth: float
 
 
-def count_params(model, batch=None, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
+def count_params(
+    model: nn.Module, batch: Any = None, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0
+) -> float:
+    """Return the number of trainable scalars; higher is better.
+
+    Args:
+        model: any module.
+        batch: not used.
+        loss_fn: not used.
+        seed: not used.
+
+    Returns:
+        A whole number.
+
+    Raises:
+        TypeError: complex numbers, or something that is no module.
+
+    Reference: li2024zeroshot.
+
+    >>> count_params(nn.Linear(3, 2))
+    8.0
+    """
     check_model(model)
-    return float(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    return float(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+
+
+def l2_norm(model: nn.Module, batch: Any = None, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
+    r"""Return :math:`\sum_l \lVert \theta_l \rVert_2` over convolution and linear weights; higher is better.
+
+    Args:
+        model: network; it stays as it was.
+        batch: not used.
+        loss_fn: not used.
+        seed: not used.
+
+    Returns:
+        The score.
+
+    Raises:
+        ValueError: if no such weight is trainable.
+        TypeError: complex numbers, or something that is no module.
+
+    Reference: abdelfattah2021zerocost.
+
+    >>> model = nn.Linear(2, 1)
+    >>> with torch.no_grad():
+    ...     _ = model.weight.copy_(torch.tensor([[3.0, 4.0]]))
+    >>> l2_norm(model)
+    5.0
+    """
+    check_model(model)
+    return total(list(torch._foreach_norm([weight.detach() for weight in weights(model).values()])))
 
 
 def count_macs(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
-    x = read_images(batch)
-    found = 0
+    """Return the multiply-adds of one sample in convolution and linear layers; higher is better.
 
-    def count(layer, args, out):
-        nonlocal found
-        positions = args[0].numel() / layer.in_channels if getattr(layer, "transposed", False) else out.numel() / layer.weight.shape[0]
-        found += positions * layer.weight.numel()
+    Norms, pooling, additions, biases and activations count nothing. A layer that is used twice counts twice.
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
-    try:
-        with pure(model, seed) as call, torch.no_grad():
-            model.eval()
-            call(x[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return float(found)
+    Args:
+        model: network; it stays as it was.
+        batch: ``(x, y)`` or ``x`` alone, of which the first sample is run.
+        loss_fn: not used.
+        seed: of what the network draws itself; ``None`` takes the global state.
+
+    Returns:
+        A whole number.
+
+    Raises:
+        ValueError: an empty batch, or inputs that are not finite.
+        TypeError: complex numbers, or a batch of another kind.
+
+    Reference: li2024zeroshot.
+
+    >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(5, 3, 4, 4))  # 16 places * 8 * 27
+    3456.0
+    """
+    x, macs = read_images(batch)[:1], []
+
+    def count(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        # Each input element of a transposed convolution, each output element of the others meets one row of weights.
+        elements = args[0] if getattr(layer, "transposed", False) else out
+        macs.append(elements.numel() * layer.weight[0].numel())
+
+    with pure(model, seed, train=False) as call, torch.no_grad(), watched(model, (_ConvNd, nn.Linear), count):
+        call(x)
+    return float(sum(macs))
 
 
-def nn_mass(model, batch=None, *, cells: Iterable[SkipCell] | None = None, loss_fn: Loss = F.cross_entropy, seed=0) -> float:
-    found = list(cells) if cells is not None else [skip_cell(m) for m in model.modules() if isinstance(m, Cell)]
+def nn_mass(
+    model: nn.Module,
+    batch: Any = None,
+    *,
+    cells: Iterable[tuple[float, float, float]] | None = None,
+    loss_fn: Loss = F.cross_entropy,
+    seed: int | None = 0,
+) -> float:
+    r"""Return NN-Mass, :math:`\sum_c \rho_c w_c d_c` over cells of density, width and depth; higher is better.
+
+    Only for families with skip links. `effnb.nas.nb201.Cell` is known: its skip links are the three edges that pass
+    over a node, present unless the operation is ``none``; its depth is 3. For other networks give ``cells``.
+
+    Args:
+        model: network; it stays as it was.
+        batch: ``(x, y)`` or ``x`` alone, to find the cells' widths; not needed with ``cells``.
+        cells: triples (density, width, depth), see `SkipCell`.
+        loss_fn: not used.
+        seed: of what the network draws itself; ``None`` takes the global state.
+
+    Returns:
+        The score.
+
+    Raises:
+        ValueError: no cells, or one out of range.
+        TypeError: no module, or a batch of another kind.
+
+    Reference: bhardwaj2021nnmass.
+
+    >>> nn_mass(nn.Identity(), cells=[SkipCell(0.5, 16, 3), SkipCell(1.0, 32, 3)])
+    120.0
+    """
+    check_model(model)
+    found = [SkipCell(*cell) for cell in (nb201_cells(model, batch, seed) if cells is None else cells)]
     if not found:
         raise ValueError("model must have cells with skip links; give them as cells=[(density, width, depth), ...]")
+    for cell in found:
+        if not 0 <= cell.density <= 1 or cell.width <= 0 or cell.depth <= 0:
+            raise ValueError(f"cells must have a density in [0, 1], width and depth > 0, got {cell}")
     return float(sum(density * width * depth for density, width, depth in found))
 
 
-def skip_cell(cell: Cell) -> SkipCell:
-    return SkipCell(0.0, 1.0, 3.0)
+def nb201_cells(model: nn.Module, batch: Any, seed: int | None) -> list[SkipCell]:
+    """Return the cells of NAS-Bench-201 that a forward pass of one sample meets."""
+    found: list[SkipCell] = []
+    if not any(isinstance(module, Cell) for module in model.modules()):
+        return found
+
+    def note(cell: Cell, args: tuple[Tensor, ...], out: Tensor) -> None:
+        density = sum(pair in cell.ends for pair in SKIPS) / len(SKIPS)
+        found.append(SkipCell(density, out.shape[1], NODES - 1))
+
+    x = read_images(batch)[:1]
+    with pure(model, seed, train=False) as call, torch.no_grad(), watched(model, (Cell,), note):
+        call(x)
+    return found
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, kinds: tuple[type, ...], hook: Callable[..., None]) -> Iterator[None]:
+    """Call ``hook`` after every forward of a module of these kinds."""
+    handles = [module.register_forward_hook(hook) for module in model.modules() if isinstance(module, kinds)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
