@@ -1,5 +1,6 @@
 """Networks that several chapters share."""
 
 from effnb.models.small import SmallCNN, mlp
+from effnb.models.vit import ViT
 
-__all__ = ["SmallCNN", "mlp"]
+__all__ = ["SmallCNN", "ViT", "mlp"]
