@@ -86,9 +86,9 @@ def matched_keep(
 
 
 def fill_budget(
-    graph: SuperGraph, budget: float, anchor: Sequence[int], priority: Array, *, costs: Array | None = None
+    graph: SuperGraph, budget: float, anchors: Sequence[Sequence[int]], priority: Array, *, costs: Array | None = None
 ) -> Array:
-    """Grow a path to the largest subnetwork within a budget, operations taken greedily by priority.
+    """Grow paths to maximal subnetworks within a budget, operations taken greedily by priority.
 
     An operation that hangs loose costs nothing until others join it to input and output; one that would exceed the
     budget is left out. What hangs loose at the end is pruned.
@@ -96,33 +96,34 @@ def fill_budget(
     Args:
         graph: the supernet.
         budget: largest share of the supernet's cost, in (0, 1].
-        anchor: nodes of the path to start from.
-        priority: ``(E,)``, higher is taken first; ties go to the lexicographically first edge.
+        anchors: k paths to start from, as nodes.
+        priority: ``(k, E)``, higher is taken first; ties go to the lexicographically first edge.
         costs: ``(E,)`` positive costs of the operations; ``None`` counts operations.
 
     Returns:
-        ``(n, n)`` zeros and ones.
+        ``(k, n, n)`` zeros and ones.
 
     Raises:
-        ValueError: a budget below the cost of the anchor or above 1, an anchor that is no path, a wrong shape.
+        ValueError: a budget below the cost of a path or above 1, an anchor that is no path, a wrong shape.
 
     Reference: li2023tips.
 
     >>> graph = SuperGraph(4, [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)])
-    >>> graph.masks(fill_budget(graph, 0.8, [0, 1, 3], np.array([0, 9, 1, 0, 2]))).tolist()
-    [True, True, False, True, True]
+    >>> graph.masks(fill_budget(graph, 0.8, [[0, 1, 3]], np.array([[0, 9, 1, 0, 2]]))).tolist()
+    [[True, True, False, True, True]]
     """
-    kept, priority = graph.path_edges(anchor), np.asarray(priority, float)
-    if priority.shape != (graph.num_edges,):
-        raise ValueError(f"priority must hold {graph.num_edges} numbers, got shape {priority.shape}")
-    least = float(shares(graph, kept, costs))
+    kept, priority = np.array([graph.path_edges(path) for path in anchors]), np.asarray(priority, float)
+    if priority.shape != kept.shape:
+        raise ValueError(f"priority must have shape {kept.shape}, got {priority.shape}")
+    least = float(shares(graph, kept, costs).max())
     if not least <= budget + 1e-9 <= 1 + 2e-9:
         raise ValueError(f"budget must lie between the cost of its path {least:.4f} and 1, got {budget}")
-    for e in np.argsort(-priority, kind="stable"):
-        if not kept[e]:
-            kept[e] = True
-            kept[e] = shares(graph, graph.prune(kept[None])[0], costs) <= budget + 1e-9
-    return graph.matrices(graph.prune(kept[None])[0])
+    rows = np.arange(len(kept))
+    for e in np.argsort(-priority, axis=1, kind="stable").T:
+        before = kept[rows, e]
+        kept[rows, e] = True
+        kept[rows, e] = before | (shares(graph, graph.prune(kept), costs) <= budget + 1e-9)
+    return graph.matrices(graph.prune(kept))
 
 
 def candidate_subnetworks(
@@ -166,4 +167,4 @@ def candidate_subnetworks(
     rng, scores = as_rng(rng), np.asarray(tas, float)
     orders = [scores[graph.ends[0]] + scores[graph.ends[1]], *rng.random((k - 1, graph.num_edges))]
     starts = [graph.random_path(rng) if anchor is None else anchor for _ in orders]
-    return np.array([fill_budget(graph, budget, s, o, costs=costs) for s, o in zip(starts, orders, strict=True)])
+    return fill_budget(graph, budget, starts, np.array(orders), costs=costs)

@@ -62,7 +62,7 @@ class SuperGraph:
     @cached_property
     def ends(self) -> tuple[Array, Array]:
         """Sources and targets of the edges, ``(E,)`` each."""
-        pairs = np.array(self.edges).reshape(-1, 2)
+        pairs = np.array(self.edges, int).reshape(-1, 2)
         return pairs[:, 0], pairs[:, 1]
 
     @cached_property

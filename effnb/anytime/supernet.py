@@ -29,14 +29,16 @@ class Level(NamedTuple):
 
 
 def levels_of(graph: SuperGraph) -> list[Level]:
-    """All levels but the input's, in order; the output is a level of its own."""
+    """All levels but the input's, in order; the output is a level of its own. Edges on no path are left out."""
+    on_path = graph.prune(np.ones((1, graph.num_edges), bool))[0]
+    edges = [(e, i, j) for e, (i, j) in enumerate(graph.edges) if on_path[e]]
     depth = [0] * graph.n
-    for i, j in graph.edges:  # sorted by source: the depth of i is final
+    for _, i, j in edges:  # sorted by source: the depth of i is final
         depth[j] = max(depth[j], depth[i] + 1)
     depth[-1] = max(depth) + 1
     levels = []
-    for d in sorted({depth[j] for _, j in graph.edges}):
-        into = [(e, i, j) for e, (i, j) in enumerate(graph.edges) if depth[j] == d]
+    for d in sorted({depth[j] for _, _, j in edges}):
+        into = [edge for edge in edges if depth[edge[2]] == d]
         nodes, sources = sorted({j for _, _, j in into}), sorted({i for _, i, _ in into if i})
         stem, inner = ([edge for edge in into if (edge[1] == 0) == first] for first in (True, False))
         slots = [sources.index(i) * len(nodes) + nodes.index(j) for _, i, j in inner]
