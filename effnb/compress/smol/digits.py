@@ -122,20 +122,25 @@ def below_two(dtype: torch.dtype) -> float:
 
 
 class _Quantize(torch.autograd.Function):
-    """``scale * Q(w / scale, p)``, straight-through inside [-2, 2], zero outside; keeps one byte per weight."""
+    """``scale * Q(w / scale, p)``, straight-through for ``|w| <= 2 scale``, zero outside."""
 
     @staticmethod
     def forward(ctx, w: Tensor, density: Tensor | float, scale: Tensor | None) -> Tensor:
+        # One scale for all: the parameter itself tells what was outside, and nothing more is kept.
+        one = scale is not None and scale.ndim == 0
         u = w if scale is None else w / scale
-        ctx.save_for_backward(u.abs() <= 2)
-        code = u.clamp(-2.0, below_two(u.dtype)).mul_(density).floor_().add_(0.5).div_(density)
+        ctx.save_for_backward(w if one else u)
+        ctx.bound = 2.0 * (1 + torch.finfo(w.dtype).eps) * (float(scale) if one else 1.0)
+        # In place where u is ours: at these sizes fresh memory costs more than arithmetic.
+        code = torch.clamp(u, -2.0, below_two(u.dtype), out=u if one else None)
+        code.mul_(density).floor_().add_(0.5).div_(density)
         return code if scale is None else code.mul_(scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        (inside,) = ctx.saved_tensors
-        return grad * inside.to(grad.dtype), None, None
+        (w,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, w, -ctx.bound, ctx.bound), None, None
 
 
 def quantize_pm1(u: Tensor, p: Tensor | int) -> Tensor:

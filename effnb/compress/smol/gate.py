@@ -157,12 +157,12 @@ class SmolGate(nn.Module):
     @torch.no_grad()
     def clip_(self, w: Tensor) -> None:
         """Clip a weight in place to ``|w| <= a * (2 - sigma)``, where noise cannot leave the range of the codes."""
-        scale = self.scale.to(w.dtype)
-        limit = self.limits().neg_().add_(2.0)
-        if self.is_frozen:
-            limit = torch.full_like(limit, 2.0)
-        limit = self.groups.expand(limit) * scale
-        torch.clamp(w, -limit, limit, out=w)
+        limit = torch.full_like(self.s, 2.0) if self.is_frozen else self.limits().neg_().add_(2.0)
+        limit = self.groups.expand(limit.to(w.dtype))
+        scale = self._factor(w)
+        limit = limit.mul_(scale) if isinstance(scale, float) else limit * scale
+        torch.minimum(w, limit, out=w)
+        torch.maximum(w, limit.neg_(), out=w)
 
     def get_extra_state(self) -> Tensor:
         """Phase, penalty and noise as one float64 tensor, for ``state_dict``."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .rans import decode_levels, encode_levels
+from .rans import decode_levels, encode_levels, tally
 
 Bytes = NDArray[np.uint8]
 Shape = tuple[int, ...]
@@ -29,7 +29,7 @@ def encode_map(levels: Bytes, payload_bits: float = 0.0) -> tuple[str, bytes]:
     >>> encode_map(np.array([3, 3, 3], np.uint8))
     ('constant', b'\\x03')
     """
-    used = np.unique(levels)
+    used = tally(levels)[0].astype(np.uint8)
     if len(used) < 2:
         return "constant", used.tobytes()
     width = (len(used) - 1).bit_length()

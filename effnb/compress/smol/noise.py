@@ -18,8 +18,10 @@ _ODD = 0x0001000100010001
 
 
 @functools.cache
-def _bit_masks(device: torch.device) -> Tensor:
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+def _eight_signs(device: torch.device) -> Tensor:
+    """For every byte its eight bits as int8 of -1 and +1, together one int64."""
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return (2 * bits - 1).to(torch.int8).view(torch.int64).reshape(-1).to(device)
 
 
 def check_noise(noise: str) -> None:
@@ -61,8 +63,8 @@ def draw_noise(
     words.random_(-(2**63), None, generator=generator)
     if noise == "uniform":
         return words.bitwise_or_(_ODD).view(torch.int16)[:count]
-    bits = words.view(torch.uint8).unsqueeze(1) & _bit_masks(words.device)
-    return bits.ne(0).view(torch.int8).mul_(2).sub_(1).view(-1)[:count]
+    eights = _eight_signs(words.device).index_select(0, words.view(torch.uint8).int())
+    return eights.view(torch.int8)[:count]
 
 
 class _Perturb(torch.autograd.Function):
@@ -74,11 +76,11 @@ class _Perturb(torch.autograd.Function):
         sigma = torch.sigmoid(s)
         ctx.save_for_backward(sigma, eps, tensor_size)
         ctx.constants, ctx.groups = constants, groups
-        spread = groups.expand(sigma)
+        # In place from here on: at these sizes fresh memory costs more than arithmetic.
+        noise = eps.to(u.dtype).mul_(groups.expand(sigma))
         if tensor_size is not None:
-            spread = spread * tensor_size
-        start = u if base is None else u * base
-        return torch.addcmul(start, eps.to(u.dtype), spread, value=size)
+            noise.mul_(tensor_size)
+        return torch.add(u if base is None else u * base, noise, alpha=size, out=noise)
 
     @staticmethod
     @once_differentiable
@@ -89,13 +91,12 @@ class _Perturb(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_u = grad if base is None else grad * base
         if ctx.needs_input_grad[1]:
-            pull = grad * eps.to(grad.dtype)
+            pull = eps.to(grad.dtype).mul_(grad)
             if tensor_size is not None:
                 pull.mul_(tensor_size)
-            # d/ds = (1 - sigma) * (size * sigma * sum(g eps) - lam n / ln 2); addcmul does it in two passes
-            start = push if isinstance(push, Tensor) else grad.new_tensor(push)
-            both = torch.addcmul(start, ctx.groups.reduce(pull), sigma, value=size)
-            grad_s = torch.addcmul(both, both, sigma, value=-1)
+            # d/ds = (1 - sigma) * (size * sigma * sum(g eps) - lam n / ln 2)
+            grad_s = ctx.groups.reduce(pull).mul_(sigma).mul_(size).add_(push)
+            grad_s.addcmul_(grad_s, sigma, value=-1)
         return grad_u, grad_s, None, None, None, None
 
 

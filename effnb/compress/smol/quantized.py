@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .digits import below_two, check_bits, quantize_pm1
+from .digits import _check_broadcast, below_two, check_bits, quantize_pm1
 from .index import decode_map, encode_map, group_map, map_size, ungroup_map
 from .noise import check_scale
 from .planes import pack_planes, unpack_planes
@@ -48,9 +48,7 @@ class QuantizedTensor:
         if self.u.numel() and not float(self.u.detach().abs().max()) <= 2:  # catches nan
             raise ValueError(f"u must be in [-2, 2], got magnitudes up to {float(self.u.detach().abs().max())}")
         for name in ("bits", "scale"):
-            shape = torch.as_tensor(getattr(self, name)).shape
-            if torch.broadcast_shapes(shape, self.u.shape) != self.u.shape:
-                raise ValueError(f"{name} must broadcast to {tuple(self.u.shape)}, got {tuple(shape)}")
+            _check_broadcast(name, torch.as_tensor(getattr(self, name)).shape, self.u.shape)
 
     def dequantize(self) -> Tensor:
         """The weight, shape and type of ``u``."""
@@ -93,8 +91,8 @@ def decode_tensor(entry: Entry) -> Tensor:
         raise ValueError(f"{entry.name!r} must have a digit for each of {entry.shape} weights: the file is damaged")
     bits = weight_levels(entry)
     codes = torch.from_numpy(unpack_planes(entry.parts[2], bits))
-    halves = torch.tensor([2.0 ** (1 - p) - 2 for p in range(9)], dtype=torch.float32)
-    values = torch.add(halves.index_select(0, torch.from_numpy(bits).int()), codes, alpha=1 / 64)
+    halves = np.array([2.0 ** (1 - p) - 2 for p in range(9)], np.float32)
+    values = codes.to(torch.float32).mul_(1 / 64).add_(torch.from_numpy(halves.take(bits)))
     scale = torch.from_numpy(np.frombuffer(entry.parts[0], "<f4").astype(np.float32)).reshape(entry.fields["scale"])
     dtype = getattr(torch, entry.dtype)
     return values.to(dtype).view(entry.shape).mul_(scale.to(dtype))

@@ -67,6 +67,13 @@ def _lanes(symbols: int, budget_bits: float) -> int:
     return int(min(1024, max(1, budget_bits * 0.005 / 24, symbols / 4096)))
 
 
+def tally(levels: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Values that occur, ascending, and how often; for few small values a scan each beats ``bincount``."""
+    counts = np.array([np.count_nonzero(levels == v) for v in range(int(levels.max(initial=0)) + 1)])
+    used = np.flatnonzero(counts)
+    return used, counts[used]
+
+
 def encode_levels(levels: NDArray[np.uint8], payload_bits: float = 0.0) -> bytes | None:
     """Code small whole numbers at their entropy.
 
@@ -83,11 +90,9 @@ def encode_levels(levels: NDArray[np.uint8], payload_bits: float = 0.0) -> bytes
     >>> 8 * len(encode_levels(levels)) / 20_000 < 0.55  # entropy 0.541
     True
     """
-    tally = np.bincount(levels, minlength=256)
-    used = np.flatnonzero(tally)
+    used, counts = tally(levels)
     if len(used) < 2:
         return None
-    counts = tally[used]
     weights = _level_weights(counts)
     block = _choose_block(counts, weights)
     slots = block_model(weights, block)
