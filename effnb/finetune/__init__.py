@@ -1,6 +1,16 @@
 """Fine-tuning: adapters, chains of them and cheaper backward passes."""
 
-from effnb.finetune.cola import LoRALinear, inject_lora
+from effnb.finetune.cola import (
+    ChainOfLoRA,
+    FrankWolfeResult,
+    LoRALinear,
+    fit_chain,
+    frank_wolfe_low_rank,
+    greedy_rank_one,
+    inject_lora,
+    linear_decay,
+    split_steps,
+)
 from effnb.finetune.lbp_wht import (
     WalshLowRankConv1x1,
     WalshLowRankLinear,
@@ -18,16 +28,23 @@ from effnb.finetune.lbp_wht import (
 )
 
 __all__ = [
+    "ChainOfLoRA",
+    "FrankWolfeResult",
     "LoRALinear",
     "WalshLowRankConv1x1",
     "WalshLowRankLinear",
     "apply_walsh_backprop",
     "dense_backward_cost",
+    "fit_chain",
+    "frank_wolfe_low_rank",
+    "greedy_rank_one",
     "inject_lora",
+    "linear_decay",
     "lora_backward_cost",
     "lowrank_backprop_conv1x1",
     "lowrank_backprop_linear",
     "num_tiles",
+    "split_steps",
     "token_projector",
     "walsh_backward_cost",
     "walsh_bases",

@@ -8,6 +8,14 @@ from torch import Tensor
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
+def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """``total += scale * left @ right`` in one pass; out of place only where a graph is recorded.
+
+    It is ``addmm`` into its own argument, since counters of operations do not know ``addmm_``.
+    """
+    return torch.addmm(total, left, right, alpha=scale, out=None if torch.is_grad_enabled() else total)
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """A product with a short side of ``rank`` runs several times faster with the long side last.
 
@@ -20,7 +28,7 @@ class _AdaptedLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         xA = A @ flat.t()
         out = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
-        out.addmm_(xA.t(), B.t(), alpha=scale)
+        add_product_(out, xA.t(), B.t(), scale)
         ctx.save_for_backward(x, weight, A, B, xA)
         ctx.scale = scale
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -33,7 +41,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted, and the saved product has no history
             xA = A @ flat.t()
         gB = B.t().contiguous().mul_(ctx.scale) @ g.t()
-        dx = (g @ weight).addmm_(gB.t(), A).view(x.shape) if x_grad else None
+        dx = add_product_(g @ weight, gB.t(), A).view(x.shape) if x_grad else None
         dW = g.t() @ flat if weight_grad else None
         db = g.sum(0) if bias_grad else None
         dA = gB @ flat if A_grad else None

@@ -1,0 +1,237 @@
+"""Chain of LoRA: train a low-rank update, tie it into the weights, extend by a new one."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from effnb.finetune.cola.backends import InjectedAdapters
+from effnb.finetune.cola.merge import check_alpha, check_ranks, factor_dtype, numerical_rank
+from effnb.finetune.cola.peft_backend import PeftAdapters, check_config, scale_of
+
+
+class ChainStateError(RuntimeError, ValueError):
+    """A step of the chain out of turn.
+
+    Reference: xia2024chain
+    """
+
+
+class ChainOfLoRA:
+    r"""A chain of low-rank updates of a model's linear layers, :math:`W \leftarrow W + s_k B_k A_k` for k = 1, ..., M.
+
+    One link is LoRA. At a knot the update moves into the frozen weights and a new pair is drawn, with ``B = 0``: the
+    function is unchanged, the number of trained parameters too, and the sum of the links may have rank
+    :math:`\sum_k r_k`. A link needs a new optimizer and a new schedule (:func:`fit_chain` makes them).
+
+    The scale stays that of the first link, so that alpha follows the rank. Where ``peft_config`` is given, the adapters
+    are peft's, and ``model`` is a ``PeftModel`` as long as the chain is open.
+
+    Attributes: ``model``, ``names`` of the adapted layers, ``ranks``, ``link`` (from 1), ``scale``.
+
+    Args:
+        model: changed in place, until :meth:`unload`.
+        target_modules: endings of module names, or a regular expression; ``peft_config`` has its own.
+        ranks: one for each link; ``None`` means three links of rank 8, or of the config's rank.
+        alpha: of the first link, the scale is ``alpha / ranks[0]``; ``None`` means a scale of 1, or the config's.
+        dropout: on the adapters' inputs while training.
+        peft_config: a ``peft.LoraConfig``.
+        allow_tied: accept a target whose weight another parameter shares; a knot then changes both.
+        init: law of ``A``, ``"kaiming"`` or ``"gaussian"``.
+        modules_to_save: endings of the names of modules that train in full, such as a head; their weights carry on at a
+            knot.
+        generator: running stream for the factors of all links; ``None`` draws from torch's global one.
+        master_dtype: keep the adapted weights in this precision too, which collects what a knot would round away.
+        in_place: with peft, ``False`` merges, unloads and wraps the model again at every knot instead of resetting the
+            factors; the weights are the same bit for bit.
+        keep_head_state: carry the optimizer state of ``modules_to_save`` over the knots (see :func:`fit_chain`).
+        keep_links: keep the factors of tied links, which :meth:`accumulated_rank` and :meth:`delta_weight` need; a copy
+            of ``A`` and ``B`` for each link.
+        train_A: ``False`` leaves ``A`` at its random start and trains ``B`` alone, as RAC-LoRA does.
+
+    Raises:
+        ValueError: an option outside its range, no or an unknown target, a quantised or tied weight, a peft option with
+            which the update is not ``s B A``.
+        TypeError: a target that is no ``nn.Linear`` (the error is a ``ValueError`` as well).
+        ImportError: ``peft_config`` without peft.
+
+    Reference: xia2024chain
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> chain = ChainOfLoRA(model, ["0"], ranks=(2, 1), alpha=4)
+    >>> chain.trainable_parameters, chain.scale
+    (32, 2.0)
+    >>> _ = nn.init.ones_(model[0].B)
+    >>> chain.tie_knot()
+    >>> chain.extend()
+    >>> chain.link, chain.trainable_parameters, type(chain.unload()[0]).__name__
+    (2, 16, 'Linear')
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: str | Sequence[str] | None = None,
+        ranks: Sequence[int] | None = None,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        peft_config: Any = None,
+        allow_tied: bool = False,
+        *,
+        init: str = "kaiming",
+        modules_to_save: Sequence[str] = (),
+        generator: Generator | None = None,
+        master_dtype: torch.dtype | None = None,
+        in_place: bool = True,
+        keep_head_state: bool = False,
+        keep_links: bool = True,
+        train_A: bool = True,
+    ) -> None:
+        common = {"generator": generator, "master_dtype": master_dtype, "allow_tied": allow_tied}
+        if peft_config is None:
+            self.ranks = check_ranks((8, 8, 8) if ranks is None else ranks)
+            self.scale = 1.0 if alpha is None else check_alpha(alpha) / self.ranks[0]
+            common |= {"init": init, "modules_to_save": modules_to_save, "dropout": dropout}
+            self._adapters = InjectedAdapters(model, target_modules, self.ranks[0], self.scale, **common)
+        else:
+            check_config(model, peft_config)
+            if target_modules is not None or modules_to_save or dropout or init != "kaiming":
+                raise ValueError("target_modules, dropout, init and modules_to_save must be set in peft_config")
+            self.ranks = check_ranks((peft_config.r,) * 3 if ranks is None else ranks)
+            self.scale = scale_of(peft_config) if alpha is None else check_alpha(alpha) / self.ranks[0]
+            self._adapters = PeftAdapters(model, peft_config, self.ranks[0], self.scale, in_place, **common)
+        self.link, self.keep_head_state, self.keep_links, self.train_A = 1, keep_head_state, keep_links, train_A
+        self._tied = self._unloaded = False
+        self._links: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.names}
+        self._begin(master_dtype)
+
+    def _begin(self, master_dtype: torch.dtype | None) -> None:
+        try:
+            check_ranks(self.ranks, self._adapters.limit)
+        except ValueError:
+            self._adapters.unload()
+            raise
+        self._freeze_A()
+        if master_dtype is None and any(factor_dtype(w) != w.dtype for w in self._adapters.weights().values()):
+            warnings.warn(
+                "base weights of half precision: an update below half an ulp vanishes at a knot, "
+                "master_dtype=torch.float32 keeps it",
+                stacklevel=3,
+            )
+
+    def _freeze_A(self) -> None:
+        for A, _, _ in self._adapters.factors().values():
+            A.requires_grad_(self.train_A)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it is now: adapted, or plain after :meth:`unload`."""
+        return self._adapters.model
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapted layers."""
+        return self._adapters.names
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of parameters in training: one link and the saved modules."""
+        return sum(p.numel() for p in self.parameters_to_tune())
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The factors ``A`` and ``B`` of the present link."""
+        return list(dict.fromkeys(p for A, B, _ in self._adapters.factors().values() for p in (A, B)))
+
+    def parameters_to_tune(self) -> list[nn.Parameter]:
+        """Everything that requires a gradient, for the link's own new optimizer.
+
+        Ask again after every knot: an optimizer over the old factors trains nothing.
+        """
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def tie_knot(self) -> None:
+        """Add the link's update to the frozen weights, all layers or none, and set ``B`` to zero.
+
+        Raises:
+            ValueError: NaN, Inf or an overflow in a layer, which is named; no weight has changed then. Also a second
+                knot without :meth:`extend`, or a chain that is unloaded (a ``RuntimeError`` as well).
+        """
+        self._check_open("tie_knot")
+        factors = self._adapters.factors()
+        if not self._has_trained():
+            warnings.warn(
+                f"link {self.link} has not trained: is its optimizer over parameters_to_tune()?", stacklevel=2
+            )
+        kept = {n: (A.detach().clone(), s * B.detach()) for n, (A, B, s) in factors.items()} if self.keep_links else {}
+        self._adapters.merge()
+        for name, pair in kept.items():
+            self._links[name].append(pair)
+        self._tied = True
+
+    def extend(self, rank: int | None = None) -> None:
+        """Begin the next link: new factors from the running stream, no gradients, the scale as before.
+
+        Args:
+            rank: of the new link; ``None`` takes it from ``ranks``, and beyond their end repeats the last one.
+
+        Raises:
+            ValueError: the link before is not tied (a ``RuntimeError`` as well), or a rank outside [1, min(in, out)].
+        """
+        if self._unloaded or not self._tied:
+            raise ChainStateError("extend must follow tie_knot: the update of this link would be lost")
+        rank = self.ranks[min(self.link, len(self.ranks) - 1)] if rank is None else rank
+        check_ranks([rank], self._adapters.limit)
+        self._adapters.start(rank)
+        self._freeze_A()
+        self.ranks = (*self.ranks[: self.link], rank, *self.ranks[self.link + 1 :])
+        self.link, self._tied = self.link + 1, False
+
+    def unload(self) -> nn.Module:
+        """Tie the open link, take the adapters out and give back the model: plain layers, its own flags and keys."""
+        if not self._unloaded:
+            if not self._tied and self._has_trained():
+                self.tie_knot()
+            self._adapters.model = self._adapters.unload()
+            self._unloaded = True
+        return self.model
+
+    def delta_weight(self, name: str) -> Tensor:
+        """The accumulated update of one layer, ``sum_k s_k B_k A_k`` of the tied links and the open one, in float64."""
+        pairs = self._pairs(name)
+        return torch.cat([B for _, B in pairs], 1) @ torch.cat([A for A, _ in pairs])
+
+    def accumulated_rank(self, name: str, tolerance: float = 1e-4) -> int:
+        """Number of singular values of the accumulated update above ``tolerance`` times the largest.
+
+        Args:
+            name: an adapted layer.
+            tolerance: relative, in (0, 1); too tight a one counts rounding errors.
+
+        Raises:
+            ValueError: an unknown name, a tolerance outside its range, or a chain without ``keep_links``.
+        """
+        if not 0 < tolerance < 1:
+            raise ValueError(f"tolerance must be in (0, 1), got {tolerance}")
+        return numerical_rank(self._pairs(name), tolerance)
+
+    def _pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        if name not in self._links:
+            raise ValueError(f"name must be one of {self.names}, got {name!r}")
+        if not self.keep_links:
+            raise ChainStateError("the factors of tied links are not kept, make the chain with keep_links=True")
+        pairs = list(self._links[name])
+        if name in self._adapters.factors() and not self._tied:
+            A, B, scale = self._adapters.factors()[name]
+            pairs.append((A.detach(), scale * B.detach()))
+        return [(A.double(), B.double()) for A, B in pairs]
+
+    def _has_trained(self) -> bool:
+        return any(B.detach().any() for _, B, _ in self._adapters.factors().values())
+
+    def _check_open(self, step: str) -> None:
+        if self._unloaded:
+            raise ChainStateError(f"{step} must come before unload")
+        if self._tied:
+            raise ChainStateError(f"{step} must follow extend: link {self.link} is tied already")
