@@ -51,6 +51,8 @@ class SearchResult:
 
     ``history`` holds ``(architecture, score)`` of each step that was within the budget, the start first, and
     ``evaluations`` counts calls of the score; ``population`` is what was left of it, the best first.
+
+    Reference: li2023zico.
     """
 
     best: Hashable

@@ -1,5 +1,6 @@
 """Rank correlation of scores with accuracy: ties, missing values, and paired bootstrap intervals over architectures."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,8 @@ class Correlation:
 
     ``lo`` and ``hi`` are NaN without a bootstrap; ``count`` is the number of architectures that were used, ``dropped``
     those left out for a missing value; ``resamples`` holds the bootstrap values.
+
+    Reference: efron1993bootstrap.
 
     >>> print(Correlation(0.8, 0.75, 0.85, 200))
     0.800 [0.750, 0.850]
@@ -180,3 +183,40 @@ def spearman_brown(reliability: float, count: float) -> float:
     if not -1 < reliability <= 1 or count <= 0:
         raise ValueError(f"reliability must be in (-1, 1] and count > 0, got {reliability} and {count}")
     return count * reliability / (1 + (count - 1) * reliability)
+
+
+def rank_table(
+    scores: Mapping[str, ArrayLike],
+    targets: Mapping[str, ArrayLike],
+    *,
+    rivals: Iterable[tuple[str, str]] = (),
+    **options: object,
+) -> list[dict[str, object]]:
+    """Return the correlation of every score with every target, and the differences of pairs of scores, as rows.
+
+    Args:
+        scores: name to ``(n,)`` scores.
+        targets: name to ``(n,)`` values to be predicted.
+        rivals: pairs of names; the row holds the correlation of the first minus that of the second.
+        options: of `rank_correlation`.
+
+    Returns:
+        Rows with the keys ``scores``, ``rival`` (empty for a correlation), ``target``, ``estimate``, ``lo``, ``hi``.
+
+    Raises:
+        ValueError: as `rank_correlation`.
+
+    Reference: efron1993bootstrap.
+
+    >>> rows = rank_table({"a": [1, 2, 3], "b": [3, 2, 1]}, {"y": [1, 2, 3]}, rivals=[("a", "b")])
+    >>> [(row["scores"], row["rival"], round(row["estimate"], 6)) for row in rows]
+    [('a', '', 1.0), ('b', '', -1.0), ('a', 'b', 2.0)]
+    """
+    rows = []
+    for first, second in [*((name, "") for name in scores), *rivals]:
+        for target, values in targets.items():
+            rival = {"paired_with": scores[second]} if second else {}
+            found = rank_correlation(scores[first], values, **options, **rival)
+            row = {"scores": first, "rival": second, "target": target}
+            rows.append(row | {"estimate": found.estimate, "lo": found.lo, "hi": found.hi})
+    return rows
