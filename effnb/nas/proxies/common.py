@@ -112,12 +112,12 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(found.values())
 
 
-def gradients(output: Tensor | list[Tensor], inputs: list[Tensor], **options: Any) -> list[Tensor]:
-    """Return gradients, zeros for inputs that ``output`` does not depend on."""
+def gradients(output: Tensor | list[Tensor], inputs: list[Tensor], zeros: bool = True, **options: Any) -> list:
+    """Return gradients; zeros, or else None, for inputs that ``output`` does not depend on."""
     outputs = [output] if isinstance(output, Tensor) else output
-    if not any(tensor.requires_grad for tensor in outputs):
-        return [torch.zeros_like(tensor) for tensor in inputs]
-    return list(torch.autograd.grad(outputs, inputs, allow_unused=True, materialize_grads=True, **options))
+    if any(tensor.requires_grad for tensor in outputs):
+        return list(torch.autograd.grad(outputs, inputs, allow_unused=True, materialize_grads=zeros, **options))
+    return [torch.zeros_like(tensor) if zeros else None for tensor in inputs]
 
 
 def total(values: list[Tensor]) -> float:

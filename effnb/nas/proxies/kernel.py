@@ -1,53 +1,231 @@
 """Proxies on the gradient of every sample: condition of the tangent kernel, GradSign and KNAS."""
 
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.nn import functional as F
 
-from .common import Loss, gradients, mean_loss, pure, read_batch, read_images, total, weights
+from .common import Loss, check_model, gradients, mean_loss, pure, read_batch, read_images, total, weights
+
+UNDEFINED = 1e5  # what the official code returns for a condition number that is NaN
+CACHE = {"cpu": 2**19, "cuda": 2**26}  # elements of a batched activation that are still worth batching
+LEAST = 4  # below so many samples at a time a loop is as fast
 
 
-def per_sample(outputs: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """Return the gradient of each entry of ``outputs`` ``(batch,)``: one backward pass over the identity."""
-    one_hot = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
-    if not outputs.requires_grad:
-        return [p.new_zeros(len(outputs), *p.shape) for p in parameters]
-    return gradients(outputs, parameters, grad_outputs=one_hot, is_grads_batched=True)
+def per_sample(output: Tensor, rows: Tensor, parameters: list[Tensor], chunk: int | None = None) -> list[Tensor]:
+    """Return for each sample i the vector-Jacobian product with ``rows[i]`` at output i and zero at the others.
+
+    Samples couple through batch norm in train mode, so each product is a backward pass through the whole batch. They
+    are taken ``chunk`` at a time by one batched backward pass, or one after the other where that is as fast.
+
+    Args:
+        output: ``(batch, ...)``, with a graph.
+        rows: as ``output``.
+        parameters: what to differentiate by.
+        chunk: samples at a time, >= 1; 1 is a loop; default by the size of the activations.
+
+    Returns:
+        One tensor ``(batch, *parameter.shape)`` a parameter.
+    """
+    if not output.requires_grad:
+        return [p.new_zeros(len(output), *p.shape) for p in parameters]
+    one_hot = torch.diag_embed(rows.flatten(1).T).movedim(0, -1).reshape(len(rows), *rows.shape)
+
+    def product(cotangent: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradients(output, parameters, grad_outputs=cotangent, retain_graph=True))
+
+    chunk = 1 if chunk is None else min(chunk, len(rows))
+    if chunk > 1:
+        try:
+            with warnings.catch_warnings():
+                # An operation without a batching rule is looped over, and says so.
+                warnings.simplefilter("ignore", UserWarning)
+                return list(vmap(product, chunk_size=chunk)(one_hot))
+        except RuntimeError:
+            pass  # a custom operation that cannot be batched at all
+    return [torch.stack(grads) for grads in zip(*map(product, one_hot), strict=True)]
+
+
+class Largest:
+    """Measures the largest output of a convolution or linear layer, to choose how many samples to batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.elements, self.device = model, 1, "cpu"
+
+    def __enter__(self) -> "Largest":
+        kinds = (nn.modules.conv._ConvNd, nn.Linear)
+        self.hooks = [m.register_forward_hook(self._see) for m in self.model.modules() if isinstance(m, kinds)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _see(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        self.elements, self.device = max(self.elements, out.numel()), out.device.type
+
+    def chunk(self) -> int:
+        """Return how many samples to batch; 1 where batching does not pay."""
+        found = CACHE.get(self.device, CACHE["cuda"]) // self.elements
+        return found if found >= LEAST else 1
 
 
 def named_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Return all trainable parameters with ``weight`` in their name, those of norms included."""
+    """Return all trainable parameters with ``weight`` in their name: those of norms, but no biases."""
     found = [p for name, p in model.named_parameters() if "weight" in name and p.requires_grad]
     if not found:
         raise ValueError("model must have a parameter named weight that requires a gradient, it has none")
     return found
 
 
-def ntk_condition(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
-    x = read_images(batch, 2)
+def tangent_kernel(model: nn.Module, batch: Any, seed: int | None = 0) -> Tensor:
+    """Return ``G G^T``, ``(batch, batch)`` in double precision, for the gradients G of each sample's summed logits."""
+    check_model(model)
+    x, parameters = read_images(batch, 2), named_weights(model)
     with pure(model, seed) as call:
-        rows = per_sample(call(x).flatten(1).sum(1), named_weights(model))
-    kernel = sum(g.flatten(1).double() @ g.flatten(1).double().T for g in rows)
+        with Largest(model) as largest:
+            output = call(x)
+        rows = per_sample(output, torch.ones_like(output), parameters, largest.chunk())
+    return gram(rows)
+
+
+def gram(rows: Iterable[Tensor]) -> Tensor:
+    """Return the sum of ``G G^T`` in double precision over tensors whose first dimension is the sample."""
+    flat = (g.detach().flatten(1).double() for g in rows)
+    return sum(g @ g.T for g in flat)
+
+
+def ntk_condition(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
+    r"""Return the condition number :math:`\lambda_{\max} / \lambda_{\min}` of the tangent kernel; LOWER is better.
+
+    The kernel is :math:`G G^\top` with row i of G the gradient of the sum of the logits of sample i by all parameters
+    named ``weight``, those of norms included. The network is in train mode, so the gradient of one sample flows
+    through the batch statistics to all others, as in the official code.
+
+    Args:
+        model: network; it stays as it was.
+        batch: ``(x, y)`` or ``x`` alone, two samples or more.
+        loss_fn: not used.
+        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
+
+    Returns:
+        At least 1, infinite for a singular kernel; 1e5 where it is not defined, as for a kernel of zeros.
+
+    Raises:
+        ValueError: fewer than two samples, inputs that are not finite, or no trainable weight.
+        TypeError: complex numbers, or a batch of another kind.
+
+    Reference: chen2021tenas.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> round(ntk_condition(model, torch.tensor([[1.0, 0.0], [0.0, 2.0]])), 4)  # K = diag(1, 4)
+    4.0
+    """
+    kernel = tangent_kernel(model, batch, seed)
     if not kernel.isfinite().all() or not kernel.any():
-        return 1e5
+        return UNDEFINED
     values = torch.linalg.eigvalsh(kernel)
     return float(values[-1] / values[0].clamp(min=0))
 
 
-def grad_sign(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
+def grad_sign(
+    model: nn.Module, batch: Any, *, coupled: bool = True, loss_fn: Loss = F.cross_entropy, seed: int | None = 0
+) -> float:
+    r"""Return GradSign, :math:`\sum_\theta |\sum_i \operatorname{sign} \partial L_i / \partial \theta|`.
+
+    Higher is better: the samples agree in which way a weight should go.
+
+    Args:
+        model: network; it stays as it was.
+        batch: ``(x, y)``.
+        coupled: run the samples as one batch, so that batch norms couple them; ``False`` runs each sample alone, as the
+            official code, which then normalises over its own places.
+        loss_fn: mean loss of a batch; it is called with one sample at a time.
+        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
+
+    Returns:
+        A whole number, over convolution and linear weights.
+
+    Raises:
+        ValueError: see `GradientPass`.
+        TypeError: see `GradientPass`.
+
+    Reference: zhang2022gradsign.
+
+    >>> model, batch = nn.Linear(1, 2, bias=False), (torch.ones(2, 1), torch.tensor([0, 1]))
+    >>> grad_sign(model, batch), grad_sign(model, (torch.ones(2, 1), torch.tensor([0, 0])))
+    (0.0, 4.0)
+    """
+    check_model(model)
     x, y = read_batch(batch)
+    theta = list(weights(model).values())
+    if not coupled:
+        return sign_count(alone(model, x, y, theta, loss_fn, seed))
+    with pure(model, seed) as call:
+        with Largest(model) as largest:
+            output = call(x)
+        return sign_count(per_sample(output, loss_rows(loss_fn, output, y), theta, largest.chunk()))
+
+
+def sign_count(rows: Iterable[Tensor]) -> float:
+    """Return the sum over parameters of how far positive and negative gradients outnumber each other."""
+    return total([g.sign().sum(0).abs().sum(dtype=torch.float64) for g in rows])
+
+
+def loss_rows(loss_fn: Loss, output: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient of each sample's own loss by its output."""
+    leaf = output.detach().requires_grad_()
+    mean_loss(loss_fn, leaf, y)
+    return gradients(sum(loss_fn(leaf[i : i + 1], y[i : i + 1]) for i in range(len(y))), [leaf])[0]
+
+
+def alone(model: nn.Module, x: Tensor, y: Tensor, theta: list[Tensor], loss_fn: Loss, seed: int | None) -> list[Tensor]:
+    """Return the gradient of each sample's loss in a batch of its own."""
+    found = []
+    with pure(model, seed) as call:
+        for i in range(len(x)):
+            found.append(gradients(mean_loss(loss_fn, call(x[i : i + 1]), y[i : i + 1]), theta))
+    return [torch.stack(grads) for grads in zip(*found, strict=True)]
+
+
+def knas(
+    model: nn.Module, batch: Any, *, of: str = "logits", loss_fn: Loss = F.cross_entropy, seed: int | None = 0
+) -> float:
+    r"""Return KNAS, the mean of the entries of the tangent kernel :math:`G G^\top`; higher is better.
+
+    The mean over all pairs is :math:`\lVert \frac1n \sum_i g_i \rVert^2`: one backward pass, no gradient per sample.
+
+    Args:
+        model: network; it stays as it was.
+        batch: ``(x, y)``, or ``x`` alone for ``of="logits"``.
+        of: what is differentiated for each sample: the sum of its ``"logits"``, as in `ntk_condition` and in the
+            paper, or its ``"loss"``, as in the official code (which samples and centres further).
+        loss_fn: mean loss of a batch, for ``of="loss"``.
+        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
+
+    Returns:
+        The score, over all parameters named ``weight``.
+
+    Raises:
+        ValueError: an unknown ``of``, an empty batch, inputs that are not finite, or no trainable weight.
+        TypeError: complex numbers, or a batch of another kind.
+
+    Reference: xu2021knas.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> knas(model, torch.tensor([[1.0, 0.0], [0.0, 2.0]]))  # mean of [[1, 0], [0, 4]]
+    1.25
+    """
+    if of not in ("logits", "loss"):
+        raise ValueError(f"of must be 'logits' or 'loss', got {of!r}")
+    check_model(model)
+    x, y = (read_images(batch), None) if of == "logits" else read_batch(batch)
     with pure(model, seed) as call:
         output = call(x)
-        mean_loss(loss_fn, output, y)
-        losses = torch.stack([loss_fn(output[i : i + 1], y[i : i + 1]) for i in range(len(x))])
-        rows = per_sample(losses, list(weights(model).values()))
-    return total([g.sign().sum(0).abs().sum() for g in rows])
-
-
-def knas(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
-    x = read_images(batch)
-    with pure(model, seed) as call:
-        grads = gradients(call(x).sum() / len(x), named_weights(model))
-    return total([g.square().sum(dtype=torch.float64) for g in grads])
+        mean = output.sum() / len(x) if of == "logits" else mean_loss(loss_fn, output, y)
+        grads = gradients(mean, named_weights(model))
+    return total([grad.square().sum(dtype=torch.float64) for grad in grads])

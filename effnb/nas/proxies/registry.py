@@ -14,7 +14,13 @@ from .zen import zen_score
 
 @dataclass(frozen=True)
 class Proxy:
-    """One proxy: its function, which direction is better, the least number of batches, and whether it reads labels."""
+    """One proxy: its function, which direction is better, how many batches it needs, and whether it reads labels.
+
+    Reference: abdelfattah2021zerocost.
+
+    >>> available_proxies()["zico"].batches
+    2
+    """
 
     function: Callable[..., float]
     higher_is_better: bool = True
@@ -23,7 +29,7 @@ class Proxy:
 
     @property
     def name(self) -> str:
-        """The function's name."""
+        """Name of the function."""
         return self.function.__name__
 
 
@@ -51,4 +57,17 @@ PROXIES = (
 
 
 def available_proxies() -> dict[str, Proxy]:
+    """Return all proxies by name.
+
+    Every function is called as ``function(model, batch, loss_fn=..., seed=...)``, with a list of batches in the place
+    of the batch where ``batches`` is 2.
+
+    Returns:
+        Name to `Proxy`. Scores as they are, without absolute values: a proxy that ranks the wrong way round says so.
+
+    Reference: abdelfattah2021zerocost, li2024zeroshot.
+
+    >>> [name for name, proxy in available_proxies().items() if not proxy.higher_is_better]
+    ['ntk_condition']
+    """
     return {proxy.name: proxy for proxy in PROXIES}
