@@ -29,7 +29,7 @@ class WalshBackward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kind = grad.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        with torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext():
             tokens = as_tokens(grad)
             constant = tokens.stride(1) == 0 and not ctx.extra and tokens.shape[1] > 1
             grads = _from_constant(ctx, tokens[:, 0]) if constant else _from_tokens(ctx, tokens)
@@ -110,10 +110,14 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast outside the function as autocast does for ``F.linear``, so that gradients come back in their own dtype."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not _autocasts(kind) or x.dtype == torch.float64:
         return x, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))

@@ -116,7 +116,9 @@ class SeparableOperator:
             stop = start + len(matrix)
             torch.bmm(_each(matrix, middle), middle[:, i], out=out[start:stop].transpose(0, 1))
             start = stop
-        return middle[:, -1].sum((0, 1)) if total else None
+        if not total:
+            return None
+        return torch.bmm(middle.new_ones(len(middle), 1, self.width), middle[:, -1]).sum((0, 1))
 
     def reconstruct(self, rows: Tensor, out: Tensor) -> None:
         """Write the tokens of the coefficients ``(rows, batch * inner, channels)`` into ``out``."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import lru_cache
+from operator import index
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def walsh_positions(
 
     Raises:
         ValueError: an argument out of range, or positions that are empty, repeated or outside the matrix.
-        TypeError: ``order`` is not an int.
+        TypeError: ``order``, ``k`` or a position is not an int.
 
     Reference: yang2023efficient
 
@@ -79,13 +80,13 @@ def walsh_positions(
     """
     check_order(order)
     if positions is not None:
-        return _checked(order, tuple((int(i), int(j)) for i, j in positions))
+        return _checked(order, tuple((index(i), index(j)) for i, j in positions))
     if selection not in ("l1", "linf"):
         raise ValueError(f"selection must be 'l1' or 'linf', got {selection!r}")
     largest = 2 * order - 1 if selection == "l1" else order
     if not 1 <= k <= largest:
         raise ValueError(f"k must be in [1, {largest}] for {selection!r} and order {order}, got {k}")
-    return _lowest(order, selection, k)
+    return _lowest(order, selection, index(k))
 
 
 @lru_cache(maxsize=256)
