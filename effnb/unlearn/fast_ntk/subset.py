@@ -87,9 +87,8 @@ def peft_parameters(model: nn.Module, which: str | Callable[..., bool] = "bn+hea
 
 def resolve(model: nn.Module, params: str | Callable[..., bool] | Iterable[str]) -> list[str]:
     """A checked list of names from a list of names or anything that :func:`peft_parameters` takes."""
-    if isinstance(params, str) or callable(params):
-        return peft_parameters(model, params)
-    names, known = list(params), dict(model.named_parameters())
+    known = dict(model.named_parameters())
+    names = peft_parameters(model, params) if isinstance(params, str) or callable(params) else list(params)
     if not names:
         raise ValueError("params must name at least one parameter, got none")
     missing = [name for name in names if name not in known]
