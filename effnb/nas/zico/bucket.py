@@ -28,10 +28,11 @@ class Bucket:
         self.state: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, grads: Sequence[Tensor]) -> None:
-        """Fold in one gradient of each tensor, in the order of ``shapes``."""
+    def add(self, grads: Sequence[Tensor], owned: bool = False) -> None:
+        """Fold in one gradient of each tensor, in the order of ``shapes``; those ``owned`` need not be copied."""
         if self.count < 2:
-            flat = torch.cat([grad.reshape(-1) for grad in grads]).to(self.scratch.first.dtype)
+            flats = [grad.reshape(-1) for grad in grads]
+            flat = (flats[0] if owned and len(flats) == 1 else torch.cat(flats)).to(self.scratch.first.dtype)
             self.state.append(flat.abs_() if self.absolute else flat)
         else:
             if self.count == 2:

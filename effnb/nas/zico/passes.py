@@ -1,7 +1,7 @@
 """One forward and backward pass a batch on a network that stays as it was."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -65,10 +65,10 @@ def gradient_moments(
     moments = GradientMoments(absolute)
     moments.lay_out(leaves)
     inbox = Inbox(moments.buckets, leaves, accumulate)
+    state, mode = aliases(model, leaves | constants), TrainingMode(model, seed)
     for x, y in batches:
-        with torch.enable_grad(), training(model, seed):
-            loss = forward_loss(model, leaves | constants, loss_fn, x, y)
-            inbox.receive(loss)
+        with torch.enable_grad(), mode.on():
+            inbox.receive(forward_loss(model, state, loss_fn, x, y))
         yield moments
 
 
@@ -95,7 +95,8 @@ class Inbox:
     def _empty(self, i: int) -> None:
         bucket, found = self.buckets[i], self.waiting[i]
         # A weight outside the graph has gradient zero; the official code stops there.
-        bucket.add([torch.zeros_like(self.leaves[n]) if n not in found else found[n] for n in bucket.shapes])
+        grads = [torch.zeros_like(self.leaves[n]) if n not in found else found[n] for n in bucket.shapes]
+        bucket.add(grads, owned=not self.accumulate)
         found.clear()
 
     def receive(self, loss: Tensor) -> None:
@@ -109,9 +110,16 @@ class Inbox:
                 self._empty(i)
 
 
-def forward_loss(model: nn.Module, state: Mapping[str, Tensor], loss_fn: Loss, x: Tensor, y: Tensor) -> Tensor:
+def aliases(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``state`` with every name of a shared parameter; finding them out in every pass would take longer."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return dict(state) | {name: state[first[id(parameter)]] for name, parameter in every}
+
+
+def forward_loss(model: nn.Module, state: dict[str, Tensor], loss_fn: Loss, x: Tensor, y: Tensor) -> Tensor:
     """Return the finite, differentiable loss of one batch."""
-    logits = functional_call(model, dict(state), (x,))
+    logits = functional_call(model, state, (x,), tie_weights=False)
     # NAS-Bench-201's own networks return (features, logits).
     logits = logits[-1] if isinstance(logits, tuple | list) else logits
     if loss_fn is F.cross_entropy and not y.is_floating_point() and logits.ndim >= 2:
@@ -195,19 +203,25 @@ def stream(init: str | None, generator: Generator | None, seed: int | None) -> G
     return torch.Generator().manual_seed(seed) if seed is not None else generator
 
 
-@contextmanager
-def training(model: nn.Module, seed: int | None) -> Iterator[None]:
-    """Training mode inside; modes and the global random state as before outside."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices):
-            # Not `torch.manual_seed`: it would also reseed devices that nobody forked.
-            for stream in (torch.default_generator, *(torch.cuda.default_generators[i] for i in devices)):
-                if seed is not None:
-                    stream.manual_seed(seed)
-            model.train()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+class TrainingMode:
+    """Switches a network to training and back; modules and devices are looked up once for all batches."""
+
+    def __init__(self, model: nn.Module, seed: int | None) -> None:
+        self.model, self.seed, self.modules = model, seed, list(model.modules())
+        self.devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Training mode inside; modes and the global random state as before outside."""
+        modes = [module.training for module in self.modules]
+        try:
+            with torch.random.fork_rng(self.devices):
+                # Not `torch.manual_seed`: it would also reseed devices that nobody forked.
+                for stream in (torch.default_generator, *(torch.cuda.default_generators[i] for i in self.devices)):
+                    if self.seed is not None:
+                        stream.manual_seed(self.seed)
+                self.model.train()
+                yield
+        finally:
+            for module, mode in zip(self.modules, modes, strict=True):
+                vars(module)["training"] = mode
