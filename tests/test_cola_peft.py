@@ -307,3 +307,37 @@ def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"effnb\[llm\]"):
         ChainOfLoRA(problem()[0], peft_config=object())
+
+
+# ------------------------------------------------------------------------------------------------------ the recipe
+
+
+def test_the_recipe_runs_on_a_tiny_language_model(tmp_path, capsys):
+    import json
+
+    from effnb.finetune.cola import recipe
+
+    words = ["<pad>", "<unk>", "good", "bad", "film", "was", "yes", "no"]
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 16}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(words), "dropout": 0.0}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    transformers.OPTForCausalLM(transformers.OPTConfig(**sizes, **layers, **ids)).save_pretrained(tmp_path)
+    lines = [
+        {"prompt": f"film was {word}", "choices": [" yes", " no"], "label": label}
+        for word, label in (("good", 0), ("bad", 1))
+    ]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = ["--train", str(tmp_path / "d.jsonl"), "--test", str(tmp_path / "d.jsonl"), "--model", str(tmp_path)]
+    options = ["--rank", "4", "--alpha", "8", "--steps", "60", "--lr", "0.03", "--seeds", "0", "--device", "cpu"]
+    results = recipe.main([*data, *options, "--links", "1", "2"])
+    assert list(results) == ["links=1", "links=2"] and results["links=2"] == [100.0]
+    assert "links=2" in capsys.readouterr().out
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "choices": ["a"], "label": 1}')
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 1"):
+        recipe.read_examples(tmp_path / "bad.jsonl")
