@@ -1,7 +1,7 @@
 """One forward and backward pass a batch on a network that stays as it was."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
