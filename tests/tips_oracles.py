@@ -62,12 +62,10 @@ def slow_chain(adjs, lam, closure):
 
 
 def operation(net, e):
-    """Weight and bias ``(copies, in, out, ..)`` of edge ``e``, wherever the supernet keeps it."""
-    for ops in net.operations:
-        if e in ops.edges:
-            k = ops.edges.index(e)
-            return ops.weight[:, k], ops.bias[:, k]
-    raise KeyError(e)
+    """Weight ``(copies, in, out)`` and bias ``(copies, out)`` of edge ``e``, wherever the supernet keeps it."""
+    (ops,) = (ops for ops in net.groups if e in ops.edges)
+    both = ops.weight[:, ops.edges.index(e)]
+    return both[:, :-1], both[:, -1]
 
 
 def loop_mlp(net, x, mask, copy=0):
@@ -87,6 +85,7 @@ def loop_mlp(net, x, mask, copy=0):
 
 def loop_conv(net, x, mask, copy=0):
     """One subnetwork of a DagConvNet, one operation after the other."""
+    half = {v: net.halves[level] for level, nodes in enumerate(net.levels) for v in nodes}
     graph, values = net.graph, {0: x}
     for v in range(1, graph.n):
         terms = []
@@ -97,8 +96,9 @@ def loop_conv(net, x, mask, copy=0):
             if v == graph.n - 1:
                 terms.append(F.linear(values[i].mean((2, 3)), weight[copy].T, bias[copy]))
             else:
-                h = F.avg_pool2d(values[i], 2) if net.stage[v] > net.stage[i] else values[i]
-                terms.append(F.conv2d(h, weight[copy].transpose(0, 1), bias[copy], padding=1))
+                h = F.avg_pool2d(values[i], 2) if half[v] > half[i] else values[i]
+                kernel = weight[copy].view(-1, 3, 3, weight.shape[-1]).permute(3, 0, 1, 2)
+                terms.append(F.conv2d(h, kernel, bias[copy], padding=1))
         if terms:
             mean = torch.stack(terms).mean(0)
             values[v] = mean if v == graph.n - 1 else F.relu(F.layer_norm(mean, mean.shape[1:]))

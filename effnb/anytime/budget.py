@@ -11,7 +11,24 @@ Array = np.ndarray
 
 
 def shares(graph: SuperGraph, masks: Array, costs: Array | None = None) -> Array:
-    """Share ``(...)`` of the supernet's cost that edge masks ``(..., E)`` keep; ``costs`` one an edge, default 1."""
+    """Share of the supernet's cost that subnetworks keep.
+
+    Args:
+        graph: the supernet.
+        masks: ``(..., E)`` operations that are kept.
+        costs: ``(E,)`` positive costs of the operations; ``None`` counts operations.
+
+    Returns:
+        ``(...)`` numbers in [0, 1].
+
+    Raises:
+        ValueError: costs that are not positive or not one an operation.
+
+    Reference: li2023tips.
+
+    >>> float(shares(SuperGraph(3, [(0, 1), (1, 2), (0, 2)]), [True, False, True], costs=[1, 2, 1]))
+    0.5
+    """
     weights = np.ones(graph.num_edges) if costs is None else np.asarray(costs, float)
     if weights.shape != (graph.num_edges,) or not (weights > 0).all():
         raise ValueError(f"costs must hold {graph.num_edges} positive numbers, got shape {weights.shape}")

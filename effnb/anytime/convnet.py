@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from effnb.anytime.graph import SuperGraph
-from effnb.anytime.supernet import Level, Masks, Operations, StackedSupernet
+from effnb.anytime.supernet import Active, Masks, StackedSupernet, linear
 
 
 class DagConvNet(StackedSupernet):
@@ -47,17 +46,19 @@ class DagConvNet(StackedSupernet):
     ) -> None:
         if (0, graph.n - 1) in graph.edges:
             raise ValueError(f"graph must have no operation from the input to the output, got (0, {graph.n - 1})")
-        super().__init__(graph, (inputs, width, classes), copies, (3, 3))
-        middle = (len(self.levels) + 1) // 2
-        self.stage = {0: 0} | {v: int(k >= middle) for k, level in enumerate(self.levels) for v in level.nodes}
+        super().__init__(graph, (inputs, width, classes), copies, pixels=9)
+        self.halves = [int(level > len(self.levels) // 2 - 1 and level > 0) for level in range(len(self.levels))]
         self.reset_parameters(generator)
 
     def edge_flops(self, size: int = 14) -> np.ndarray:
         """``(E,)`` FLOPs of each operation for one image of ``size`` x ``size`` pixels, two a multiply-add."""
-        inputs, width, classes = self.widths
-        pixels = [(size // 2 ** self.stage[j]) ** 2 if j in self.stage else 0 for _, j in self.graph.edges]
-        fan_in = np.where(self.graph.ends[0] == 0, inputs, width)
-        return np.where(np.array(pixels) > 0, 2 * 9 * fan_in * width * np.array(pixels), 2 * width * classes)
+        _, width, classes = self.sizes
+        flops = np.zeros(self.graph.num_edges, int)
+        for ops in self.groups:
+            pixels = (size // 2 ** self.halves[ops.target]) ** 2
+            last = ops.target == len(self.levels) - 1
+            flops[ops.edges] = 2 * (width * classes if last else ops.fan_in * width * pixels)
+        return flops
 
     def forward(self, x: Tensor, masks: Masks) -> Tensor:
         """Logits of all subnetworks.
@@ -69,40 +70,31 @@ class DagConvNet(StackedSupernet):
         Returns:
             ``(T, batch, classes)`` or ``(copies, T, batch, classes)``, as ``masks``.
         """
-        scales, x = self._scales(masks), self._per_copy(x, 4)
-        groups, images = scales.shape[0] * scales.shape[1], x.transpose(0, 1)  # (batch, copies, inputs, h, w)
-        states: dict[int, Tensor] = {}
-        for level, stem, hidden in zip(self.levels, self.stems, self.hidden, strict=True):
-            to = self.stage[level.nodes[0]]
-            total = self._stem(stem, level, _halved(images, to), scales)
-            if level.edges:
-                inputs = [_halved(states[u], to - self.stage[u]) for u in level.sources]
-                total = total + self._convolve(hidden, level, torch.cat(inputs, 2), scales)
-            values = F.relu(F.layer_norm(total, total.shape[-3:]))
-            values = values.view(len(values), groups, len(level.nodes), *values.shape[-3:])
-            states.update(zip(level.nodes, values.unbind(2), strict=True))
-        pooled = [states[u].mean((-2, -1)).transpose(0, 1) for u in self.out.sources]
-        return self._logits(pooled, x.flatten(2), masks, scales)
+        masks, values = self._checked(masks), [self._per_copy(x, 4).transpose(0, 1)]  # (batch, rows, channels, h, w)
+        _, *steps, head = self._plan(masks)
+        for level, step in enumerate(steps, start=1):
+            total = None
+            for part in step.parts:
+                halve = self.halves[level] - self.halves[part.ops.source]
+                out = _convolve(part, _halved(values[part.ops.source], halve))
+                total = out.new_zeros(len(out), step.rows, *out.shape[2:]) if total is None else total
+                total.index_add_(1, part.outputs, out)
+            values.append(F.layer_norm(total, total.shape[-3:]).relu_())
+        logits = x.new_zeros(head.rows, values[0].shape[0], self.sizes[2])
+        for part in head.parts:
+            pooled = values[part.ops.source].mean((-2, -1)).transpose(0, 1)
+            logits.index_add_(0, part.outputs, linear(part, pooled))
+        return logits.view(*masks.shape[:-1], *logits.shape[1:])
 
-    def _stem(self, ops: Operations, level: Level, images: Tensor, scales: Tensor) -> Tensor:
-        """Contribution of the input, ``(batch, copies T, nodes, width, h, w)``, convolved once for all T."""
-        if not level.stem:
-            return images.new_zeros(1)
-        weight = ops.weight.transpose(2, 3).flatten(0, 2)  # (copies edges width, inputs, 3, 3)
-        out = F.conv2d(images.flatten(1, 2), weight, ops.bias.flatten(), padding=1, groups=self.copies)
-        out = out.view(len(images), self.copies, 1, len(level.stem), self.widths[1], *out.shape[-2:])
-        out = (out * scales[:, :, level.stem, None, None, None]).flatten(1, 2)
-        if len(level.stem) == len(level.nodes):
-            return out
-        full = out.new_zeros(*out.shape[:2], len(level.nodes), *out.shape[3:])
-        return full.index_copy(2, torch.tensor(level.stem_at, device=out.device), out)
 
-    def _convolve(self, ops: Operations, level: Level, inputs: Tensor, scales: Tensor) -> Tensor:
-        """Means of the active convolutions; inputs ``(batch, copies T, sources width, h, w)``."""
-        weight, bias = self._table(ops, level, scales)
-        weight = weight.permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 4).flatten(0, 2)  # out: copies T nodes width
-        out = F.conv2d(inputs.flatten(1, 2), weight, bias.flatten(), padding=1, groups=inputs.shape[1])
-        return out.view(len(inputs), inputs.shape[1], len(level.nodes), self.widths[1], *out.shape[-2:])
+def _convolve(part: Active, x: Tensor) -> Tensor:
+    """Scaled responses ``(batch, active, out, h, w)`` of the convolutions to values ``(batch, rows, in, h, w)``."""
+    weight, inputs = part.chosen(), x.index_select(1, part.inputs)
+    if not len(weight):  # no groups of convolutions; the sum keeps the gradient, which is zero
+        return x.new_zeros(len(x), 0, weight.shape[-1], *x.shape[-2:]) + weight.sum()
+    kernels = weight[:, :-1].unflatten(1, (-1, 3, 3)).movedim(-1, 1).flatten(0, 1)  # (active out, in, 3, 3)
+    out = F.conv2d(inputs.flatten(1, 2), kernels, weight[:, -1].flatten(), padding=1, groups=len(weight))
+    return out.unflatten(1, (len(weight), -1))
 
 
 def _halved(x: Tensor, times: int) -> Tensor:

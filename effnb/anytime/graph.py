@@ -112,6 +112,12 @@ class SuperGraph:
             ways[i] += ways[j]
         return ways
 
+    @property
+    def on_paths(self) -> set[int]:
+        """Nodes on some path from input to output."""
+        alive = self.prune(np.ones((1, len(self.edges)), bool))[0]
+        return {v for e, kept in zip(self.edges, alive, strict=True) if kept for v in e}
+
     def count_paths(self) -> int:
         """Exact number of paths from input to output, without listing them."""
         return self._ways[0]

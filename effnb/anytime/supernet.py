@@ -1,4 +1,4 @@
-"""Supernets that run many subnetworks in one forward pass: masks are stacked, weights shared, products batched.
+"""Supernets that run many subnetworks in one forward pass: only active operations, one batched product a level.
 
 Node value: ReLU of the normalised mean of its active operations; the output is the plain mean. Normalisation is over
 the features of one sample and has no parameters, so that subnetworks share no statistics.
@@ -17,67 +17,88 @@ from effnb.anytime.graph import SuperGraph
 Masks = Tensor | np.ndarray
 
 
-class Level(NamedTuple):
-    """Nodes at the same longest distance from the input, and the edges into them."""
-
-    nodes: list[int]
-    stem: list[int]  # edges from the input
-    stem_at: list[int]  # position in ``nodes`` of each
-    edges: list[int]  # edges from other nodes
-    sources: list[int]  # their sources, sorted, without repeats
-    slots: list[int]  # position of each edge in the (sources x nodes) table
-
-
-def levels_of(graph: SuperGraph) -> list[Level]:
-    """All levels but the input's, in order; the output is a level of its own. Edges on no path are left out."""
-    on_path = graph.prune(np.ones((1, graph.num_edges), bool))[0]
-    edges = [(e, i, j) for e, (i, j) in enumerate(graph.edges) if on_path[e]]
-    depth = [0] * graph.n
-    for _, i, j in edges:  # sorted by source: the depth of i is final
-        depth[j] = max(depth[j], depth[i] + 1)
-    depth[-1] = max(depth) + 1
-    levels = []
-    for d in sorted({depth[j] for _, _, j in edges}):
-        into = [edge for edge in edges if depth[edge[2]] == d]
-        nodes, sources = sorted({j for _, _, j in into}), sorted({i for _, i, _ in into if i})
-        stem, inner = ([edge for edge in into if (edge[1] == 0) == first] for first in (True, False))
-        slots = [sources.index(i) * len(nodes) + nodes.index(j) for _, i, j in inner]
-        at = [nodes.index(j) for _, _, j in stem]
-        levels.append(Level(nodes, [e for e, _, _ in stem], at, [e for e, _, _ in inner], sources, slots))
-    return levels
-
-
 class Operations(nn.Module):
-    """Weights ``(copies, edges, in, out, *kernel)`` and biases ``(copies, edges, out)`` of operations of one shape."""
+    """Operations from one level to another: weights ``(copies, edges, fan_in + 1, out)``, the bias in the last row.
 
-    def __init__(self, copies: int, edges: list[int], fan: tuple[int, int], kernel: tuple[int, ...] = ()) -> None:
+    Args:
+        copies: independent supernets.
+        ends: level of the sources, level of the targets.
+        edges: numbers of the edges.
+        shape: fan-in and size of the output.
+    """
+
+    def __init__(self, copies: int, ends: tuple[int, int], edges: list[int], shape: tuple[int, int]) -> None:
         super().__init__()
-        self.edges, self.bound = edges, (fan[0] * int(np.prod(kernel))) ** -0.5
-        self.weight = nn.Parameter(torch.empty(copies, len(edges), *fan, *kernel))
-        self.bias = nn.Parameter(torch.empty(copies, len(edges), fan[1]))
+        (self.source, self.target), self.edges, self.fan_in = ends, edges, shape[0]
+        self.weight = nn.Parameter(torch.empty(copies, len(edges), shape[0] + 1, shape[1]))
+
+
+class Active(NamedTuple):
+    """Operations of one group that are active in some subnetwork: rows of weights, inputs and outputs, and a scale."""
+
+    ops: Operations
+    weights: Tensor  # copy and edge
+    inputs: Tensor  # source, as a row of its level's values
+    outputs: Tensor  # target, as a row of its level's values
+    scale: Tensor  # 1 / number of active operations of the target
+
+    def chosen(self) -> Tensor:
+        """Scaled weights and biases, ``(active, fan_in + 1, out)``."""
+        return self.ops.weight.flatten(0, 1).index_select(0, self.weights) * self.scale[:, None, None]
+
+
+class Step(NamedTuple):
+    """One level: how many rows of values it has, and the operations into it."""
+
+    rows: int
+    parts: list[Active]
+
+
+def levels_of(graph: SuperGraph) -> list[list[int]]:
+    """Nodes on paths by their longest distance from the input; the output alone at the end."""
+    depth, on_path = {0: 0}, graph.on_paths
+    for i, j in graph.edges:  # sorted by source: the depth of i is final
+        if i in on_path and j in on_path:
+            depth[j] = max(depth.get(j, 0), depth[i] + 1)
+    depth[graph.n - 1] = max(depth.values()) + 1
+    return [sorted(v for v in depth if depth[v] == d) for d in sorted(set(depth.values()))]
 
 
 class StackedSupernet(nn.Module):
-    """What the linear and the convolutional supernet share: weights, masks, the output layer."""
+    """What the linear and the convolutional supernet share: weights, and the plan of a forward pass."""
 
-    def __init__(self, graph: SuperGraph, widths: tuple[int, int, int], copies: int, kernel: tuple[int, ...]) -> None:
-        if min(*widths, copies) < 1:
-            raise ValueError(f"inputs, width, classes and copies must be >= 1, got {(*widths, copies)}")
+    def __init__(self, graph: SuperGraph, sizes: tuple[int, int, int], copies: int, pixels: int = 1) -> None:
+        if min(*sizes, copies) < 1:
+            raise ValueError(f"inputs, width, classes and copies must be >= 1, got {(*sizes, copies)}")
         super().__init__()
-        self.graph, self.copies, self.widths = graph, copies, widths
-        *self.levels, self.out = levels_of(graph)
-        inputs, width, classes = widths
-        self.stems = nn.ModuleList(Operations(copies, v.stem, (inputs, width), kernel) for v in self.levels)
-        self.hidden = nn.ModuleList(Operations(copies, v.edges, (width, width), kernel) for v in self.levels)
-        self.head = Operations(copies, self.out.edges, (width, classes))
-        self.direct = Operations(copies, self.out.stem, (inputs, classes))
-        same_target = torch.from_numpy(graph.ends[1][:, None] == graph.ends[1])
-        self.register_buffer("same_target", same_target.float(), persistent=False)
+        self.graph, self.copies, self.sizes = graph, copies, sizes
+        self.levels = levels_of(graph)
+        self.level_of = {v: level for level, nodes in enumerate(self.levels) for v in nodes}
+        last, spans = len(self.levels) - 1, {}
+        for e, (i, j) in enumerate(graph.edges):
+            if i in self.level_of and j in self.level_of:
+                spans.setdefault((self.level_of[j], self.level_of[i]), []).append(e)
+        self.groups = nn.ModuleList()
+        for (target, source), edges in sorted(spans.items()):
+            fan_in = sizes[0 if source == 0 else 1]
+            shape = (fan_in, sizes[2]) if target == last else (fan_in * pixels, sizes[1])
+            self.groups.append(Operations(copies, (source, target), edges, shape))
+        self._index()
 
-    @property
-    def operations(self) -> list[Operations]:
-        """All groups of operations, from the input to the output."""
-        return [*self.stems, *self.hidden, self.head, self.direct]
+    def _index(self) -> None:
+        """Constant tables of the plan: nodes in the order of the levels, edges in the order of the groups."""
+        groups, nodes = list(self.groups), [v for level in self.levels for v in level]
+        place = np.zeros(self.graph.n, int)
+        place[nodes] = np.arange(len(nodes))
+        self._order = np.array([e for ops in groups for e in ops.edges])
+        self._group = np.repeat(np.arange(len(groups)), [len(ops.edges) for ops in groups])
+        self._first = np.cumsum([0, *map(len, self.levels)])[:-1]  # of every level
+        self._local = np.concatenate([np.arange(len(ops.edges)) for ops in groups])
+        self._count = np.concatenate([np.full(len(ops.edges), len(ops.edges)) for ops in groups])
+        self._start, self._end = (place[ends[self._order]] for ends in self.graph.ends)
+        self._into = (self.graph.ends[1] == np.array(nodes)[:, None]).astype(np.float32)
+        self._level = np.repeat(np.arange(len(self.levels)), [len(level) for level in self.levels])
+        self._once = self._level <= int(len(self.levels) > 2)  # depend on the input alone
 
     def reset_parameters(self, generator: Generator | Sequence[Generator] | None = None) -> None:
         """Draw all weights anew, uniform within ``1 / sqrt(fan_in)``; one stream, or one for each copy."""
@@ -86,28 +107,52 @@ class StackedSupernet(nn.Module):
             raise ValueError(f"generator must be one or {self.copies}, got {len(streams)}")
         with torch.no_grad():
             for copy, stream in enumerate(streams):
-                for ops in self.operations:
-                    ops.weight[copy].uniform_(-ops.bound, ops.bound, generator=stream)
-                    ops.bias[copy].uniform_(-ops.bound, ops.bound, generator=stream)
+                for ops in self.groups:
+                    ops.weight[copy].uniform_(-(ops.fan_in**-0.5), ops.fan_in**-0.5, generator=stream)
 
     def gradient_norms(self) -> Tensor:
         """``(copies, E)`` norms of the gradients of the operations, weight and bias together."""
-        out = self.same_target.new_zeros(self.copies, self.graph.num_edges)
-        for ops in self.operations:
-            if ops.edges and ops.weight.grad is not None:
-                out[:, ops.edges] = ops.weight.grad.square().flatten(2).sum(2) + ops.bias.grad.square().sum(2)
-        return out.sqrt()
+        out = self.groups[0].weight.new_zeros(self.copies, self.graph.num_edges)
+        for ops in self.groups:
+            if ops.weight.grad is not None:
+                out[:, ops.edges] = ops.weight.grad.flatten(2).norm(dim=2)
+        return out
 
-    def _scales(self, masks: Masks) -> Tensor:
-        """Masks over the number of active operations of their target, ``(copies, T, E)``."""
-        m = torch.as_tensor(masks).to(self.same_target)
-        m = m[None] if m.dim() == 2 and self.copies == 1 else m
-        if m.dim() != 3 or (m.shape[0], m.shape[2]) != (self.copies, self.graph.num_edges):
+    def _checked(self, masks: Masks) -> np.ndarray:
+        m = np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks).astype(bool, copy=False)
+        lead = (self.copies,) if m.ndim == 3 or self.copies > 1 else ()
+        if m.ndim != len(lead) + 2 or m.shape[:-2] != lead or m.shape[-1] != self.graph.num_edges:
             wanted = f"({self.copies}, T, {self.graph.num_edges})"
-            raise ValueError(
-                f"masks must have shape {wanted}, the first may be missing for 1 copy, got {tuple(m.shape)}"
-            )
-        return m / (m @ self.same_target).clamp(min=1)
+            raise ValueError(f"masks must have shape {wanted}, or two dimensions for one copy, got {m.shape}")
+        return m
+
+    def _plan(self, masks: np.ndarray) -> list[Step]:
+        """What to compute, level by level.
+
+        Only nodes that are present get a row of values. The first level depends on the input alone and is computed
+        once for all subnetworks of a copy.
+        """
+        T, m = masks.shape[-2], masks.reshape(-1, masks.shape[-1])
+        copies = np.arange(len(m)) < self.copies  # stand for the copies where all their subnetworks share a value
+        degree = self._into @ m.T.astype(np.float32)  # active operations into a node, (n, copies T)
+        present = degree > 0
+        present[self._once], present[-1] = copies, True
+        row = present.cumsum().reshape(present.shape)
+        before = np.append(0, row[self._first[1:] - 1, -1])  # rows of all levels before a level
+        row -= 1 + before[self._level, None]
+        active, once = m.T[self._order], self._once[self._end]
+        active[once] = copies
+        k, g = np.nonzero(active)
+        copy, start, end = np.where(once[k], g, g // T), self._start[k], self._end[k]
+        sources = row[start, np.where(self._once[start], copy, g)]
+        rows = np.stack([copy * self._count[k] + self._local[k], sources, row[end, g]])
+        index = torch.from_numpy(rows).to(self.groups[0].weight.device)
+        scale = torch.from_numpy(1 / np.maximum(degree[end, g], 1)).to(self.groups[0].weight)
+        sizes = np.bincount(self._group[k], minlength=len(self.groups)).tolist()
+        steps = [Step(rows, []) for rows in np.diff(np.append(before, present.sum())).tolist()]
+        for ops, *part in zip(self.groups, *(t.split(sizes) for t in (*index, scale)), strict=True):
+            steps[ops.target].parts.append(Active(ops, *part))
+        return steps
 
     def _per_copy(self, x: Tensor, dims: int) -> Tensor:
         """Samples ``(copies, batch, ...)``, from one batch for all copies or from one for each."""
@@ -116,42 +161,17 @@ class StackedSupernet(nn.Module):
             raise ValueError(f"x must have {dims} dimensions, or {dims + 1} with {self.copies} copies, got {x.shape}")
         return x
 
-    def _table(self, ops: Operations, level: Level, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Masked weights ``(copies T, sources, nodes, in, out, *kernel)``, mean biases ``(copies T, nodes, out)``."""
-        s, kernel = scales[:, :, level.edges], ops.weight.shape[4:]
-        weight = ops.weight[:, None] * s.view(*s.shape, 1, 1, *[1] * len(kernel))
-        bias = ops.bias[:, None] * s[..., None]
-        count = len(level.sources) * len(level.nodes)
-        if len(level.edges) < count:  # some pairs of nodes have no operation
-            slots = torch.tensor(level.slots, device=s.device)
-            weight, bias = (
-                t.new_zeros(*t.shape[:2], count, *t.shape[3:]).index_copy(2, slots, t) for t in (weight, bias)
-            )
-        weight, bias = (t.view(-1, len(level.sources), len(level.nodes), *t.shape[3:]) for t in (weight, bias))
-        return weight, bias.sum(1)
 
-    def _linear(self, ops: Operations, level: Level, inputs: list[Tensor], scales: Tensor) -> Tensor:
-        """Means of the active linear operations, ``(copies T, batch, nodes out)``; inputs ``(copies T, batch, in)``."""
-        weight, bias = self._table(ops, level, scales)
-        blocks = weight.transpose(2, 3).flatten(3).flatten(1, 2)  # (copies T, sources in, nodes out)
-        return torch.baddbmm(bias.flatten(1)[:, None], torch.cat(inputs, -1), blocks)
-
-    def _logits(self, sources: list[Tensor], x: Tensor, masks: Masks, scales: Tensor) -> Tensor:
-        """Output from its sources ``(copies T, batch, width)`` and the flat input ``(copies, batch, inputs)``."""
-        logits = x.new_zeros(*scales.shape[:2], x.shape[1], self.widths[2])
-        if sources:
-            logits = logits + self._linear(self.head, self.out, sources, scales).view_as(logits)
-        if self.out.stem:
-            response = torch.baddbmm(self.direct.bias, x, self.direct.weight[:, 0])
-            logits = logits + response[:, None] * scales[:, :, self.out.stem, None]
-        return logits[0] if masks.ndim == 2 else logits
+def linear(part: Active, x: Tensor) -> Tensor:
+    """Scaled responses ``(active, batch, out)`` of linear operations to values ``(rows, batch, in)``."""
+    weight = part.chosen()
+    return torch.baddbmm(weight[:, -1:], x.index_select(0, part.inputs), weight[:, :-1])
 
 
 class DagMLP(StackedSupernet):
     """A supernet of linear operations, with ``width`` features in every node.
 
-    All T subnetworks of all copies run in one batched product a level; the operations on the input are computed once
-    for all T.
+    The active operations of all T subnetworks of all copies run in one batched product a level.
 
     Args:
         graph: operations and feature maps.
@@ -180,12 +200,12 @@ class DagMLP(StackedSupernet):
         copies: int = 1,
         generator: Generator | Sequence[Generator] | None = None,
     ) -> None:
-        super().__init__(graph, (inputs, width, classes), copies, ())
+        super().__init__(graph, (inputs, width, classes), copies)
         self.reset_parameters(generator)
 
     def edge_flops(self) -> np.ndarray:
         """``(E,)`` FLOPs of each operation for one sample, two a multiply-add."""
-        inputs, width, classes = self.widths
+        inputs, width, classes = self.sizes
         starts, ends = self.graph.ends
         return 2 * np.where(starts == 0, inputs, width) * np.where(ends == self.graph.n - 1, classes, width)
 
@@ -199,24 +219,12 @@ class DagMLP(StackedSupernet):
         Returns:
             ``(T, batch, classes)`` or ``(copies, T, batch, classes)``, as ``masks``.
         """
-        scales, x = self._scales(masks), self._per_copy(x, 2)
-        states: dict[int, Tensor] = {}
-        for level, stem, hidden in zip(self.levels, self.stems, self.hidden, strict=True):
-            shape = (*scales.shape[:2], x.shape[1], len(level.nodes), self.widths[1])
-            total = self._stem(stem, level, x, scales, shape)
-            if level.edges:
-                inputs = [states[u] for u in level.sources]
-                total = total + self._linear(hidden, level, inputs, scales).view(shape)
-            values = F.relu(F.layer_norm(total, shape[-1:])).flatten(0, 1)
-            states.update(zip(level.nodes, values.unbind(2), strict=True))
-        return self._logits([states[u] for u in self.out.sources], x, masks, scales)
-
-    def _stem(self, ops: Operations, level: Level, x: Tensor, scales: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Contribution of the input to a level, computed once for all T: ``shape``."""
-        if not level.stem:
-            return x.new_zeros(1)
-        response = torch.einsum("sbi,seio->sbeo", x, ops.weight) + ops.bias[:, None]
-        scaled = response[:, None] * scales[:, :, None, level.stem, None]
-        if len(level.stem) == len(level.nodes):
-            return scaled
-        return x.new_zeros(shape).index_copy(3, torch.tensor(level.stem_at, device=x.device), scaled)
+        masks, values = self._checked(masks), [self._per_copy(x, 2)]
+        _, *steps = self._plan(masks)
+        for level, step in enumerate(steps, start=1):
+            last = level == len(steps)
+            total = x.new_zeros(step.rows, values[0].shape[1], self.sizes[2 if last else 1])
+            for part in step.parts:
+                total.index_add_(0, part.outputs, linear(part, values[part.ops.source]))
+            values.append(total if last else F.layer_norm(total, total.shape[-1:]).relu_())
+        return values[-1].view(*masks.shape[:-1], *values[-1].shape[1:])
