@@ -92,13 +92,14 @@ class StackedSupernet(nn.Module):
         place[nodes] = np.arange(len(nodes))
         self._order = np.array([e for ops in groups for e in ops.edges])
         self._group = np.repeat(np.arange(len(groups)), [len(ops.edges) for ops in groups])
-        self._first = np.cumsum([0, *map(len, self.levels)])[:-1]  # of every level
+        self._last = np.cumsum([len(level) for level in self.levels]) - 1  # node of every level
         self._local = np.concatenate([np.arange(len(ops.edges)) for ops in groups])
         self._count = np.concatenate([np.full(len(ops.edges), len(ops.edges)) for ops in groups])
         self._start, self._end = (place[ends[self._order]] for ends in self.graph.ends)
         self._into = (self.graph.ends[1] == np.array(nodes)[:, None]).astype(np.float32)
         self._level = np.repeat(np.arange(len(self.levels)), [len(level) for level in self.levels])
         self._once = self._level <= int(len(self.levels) > 2)  # depend on the input alone
+        self._starts_once, self._ends_once = self._once[self._start], self._once[self._end]
 
     def reset_parameters(self, generator: Generator | Sequence[Generator] | None = None) -> None:
         """Draw all weights anew, uniform within ``1 / sqrt(fan_in)``; one stream, or one for each copy."""
@@ -138,19 +139,23 @@ class StackedSupernet(nn.Module):
         present = degree > 0
         present[self._once], present[-1] = copies, True
         row = present.cumsum().reshape(present.shape)
-        before = np.append(0, row[self._first[1:] - 1, -1])  # rows of all levels before a level
-        row -= 1 + before[self._level, None]
-        active, once = m.T[self._order], self._once[self._end]
-        active[once] = copies
+        upto = row[self._last, -1]  # rows of all levels up to each
+        count = upto.copy()
+        count[1:] -= upto[:-1]
+        row -= (1 + upto - count)[self._level, None]
+        active = m.T[self._order]
+        active[self._ends_once] = copies
         k, g = np.nonzero(active)
-        copy, start, end = np.where(once[k], g, g // T), self._start[k], self._end[k]
-        sources = row[start, np.where(self._once[start], copy, g)]
-        rows = np.stack([copy * self._count[k] + self._local[k], sources, row[end, g]])
-        index = torch.from_numpy(rows).to(self.groups[0].weight.device)
-        scale = torch.from_numpy(1 / np.maximum(degree[end, g], 1)).to(self.groups[0].weight)
-        sizes = np.bincount(self._group[k], minlength=len(self.groups)).tolist()
-        steps = [Step(rows, []) for rows in np.diff(np.append(before, present.sum())).tolist()]
-        for ops, *part in zip(self.groups, *(t.split(sizes) for t in (*index, scale)), strict=True):
+        copy, start, end = np.where(self._ends_once[k], g, g // T), self._start[k], self._end[k]
+        index = np.empty((3, len(k)), np.int64)
+        index[0] = copy * self._count[k] + self._local[k]
+        index[1] = row[start, np.where(self._starts_once[k], copy, g)]
+        index[2] = row[end, g]
+        like, sizes = self.groups[0].weight, np.bincount(self._group[k], minlength=len(self.groups)).tolist()
+        scale = torch.from_numpy(1 / np.maximum(degree[end, g], 1)).to(like)
+        tensors = (*torch.from_numpy(index).to(like.device).unbind(), scale)
+        steps = [Step(rows, []) for rows in count.tolist()]
+        for ops, *part in zip(self.groups, *(t.split(sizes) for t in tensors), strict=True):
             steps[ops.target].parts.append(Active(ops, *part))
         return steps
 
