@@ -6,13 +6,13 @@
 
 | table | networks | batches | seeds |
 | --- | --- | --- | --- |
-| nb201 | 240 cells of NAS-Bench-201, drawn uniformly; 16 channels, one cell a stage | 2 of 64 CIFAR-10 images | 5 |
+| nb201 | 200 cells of NAS-Bench-201, drawn uniformly; 16 channels, one cell a stage | 2 of 64 CIFAR-10 images | 5 |
 | skeleton | 100 of them with five cells a stage | the same | 1 |
-| classes | one cell of each of 6,466 classes of equal function, in nano-bench's network | 2 of 64 Fashion-MNIST | 2 |
-| nano-bench, nano-width | all networks of our own two tables | 2 of 64 Fashion-MNIST | 5 |
+| classes | one cell of each of 6,466 classes of equal function, in nano-bench's network | 2 of 64 Fashion-MNIST | 3 |
+| nano-bench, nano-width | all networks of our own two tables | 2 of 64 Fashion-MNIST | 3 |
 
-A seed fixes the initial weights (Kaiming-normal) and the batches. Proxies that are slow have one seed, those that need
-a gradient for every sample see 8 images. Accuracies are not among the columns: the files hold scores.
+A seed fixes the initial weights (Kaiming-normal) and the batches. Proxies that are slow have one seed, the slowest see
+8 images (GraSP, and those that need a gradient for every sample). Accuracies are not among the columns: the files hold scores.
 """
 
 import argparse
@@ -40,11 +40,11 @@ from effnb.nas.zico.score import per_layer
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT, CACHE = ROOT / "book" / "results" / "scores", ROOT / "_build" / "scores"
-COUNTS = (3, 4, 6, 8)
+COUNTS, WIDTHS = (3, 4, 6, 8), (4, 6, 8, 12, 16)
 SHARED = ("zico", "zico_floor", "grad_norm", "snip", "plain", "fisher", "naswot")
 PAIR = ("zico", "zico_floor")
-SLOW = ("l2_norm", "synflow", "jacob_cov", "zen_score", "grasp")
-PER_SAMPLE = ()
+SLOW = ("l2_norm", "synflow", "jacob_cov", "zen_score")
+FEW_IMAGES = ("grasp", "ntk_condition", "grad_sign", "knas")
 Item = tuple[Any, ...]
 Batch = tuple[Tensor, Tensor]
 
@@ -83,7 +83,7 @@ def build_nano(item: Item, generator: Generator | None = None) -> nn.Module:
     return nanobench.build_net(edges, (first, second), depth, generator).to(memory_format=torch.channels_last)
 
 
-def nb201_cells(count: int = 240, seed: int = 20240602) -> list[str]:
+def nb201_cells(count: int = 200, seed: int = 20240602) -> list[str]:
     """Cells drawn uniformly without replacement from all 15,625."""
     return [list(all_cells())[i] for i in np.random.default_rng(seed).choice(5**6, count, replace=False)]
 
@@ -109,10 +109,9 @@ class Table:
     once: bool = True
 
 
-def trained(name: str) -> list[Item]:
-    """The networks of one of our own tables."""
-    rows = data.load(name).table
-    return list(rows[["edges", "width1", "width2", "depth"]].itertuples(index=False, name=None))
+def nano_widths() -> list[Item]:
+    """The size space of nano-width: one cell, five widths for each of two stages, one or two cells a stage."""
+    return [("333333", a, b, depth) for depth in (1, 2) for a in WIDTHS for b in WIDTHS]
 
 
 TABLES = {
@@ -120,9 +119,9 @@ TABLES = {
     for table in (
         Table("nb201", lambda: [(c, 1) for c in nb201_cells()], build_nb201, cifar, 5),
         Table("skeleton", lambda: [(c, 5) for c in nb201_cells()[:100]], build_nb201, cifar, 1, once=False),
-        Table("classes", lambda: [(c, 8, 16, 1) for c in class_cells()], build_nano, fashion, 2, PAIR, False),
-        Table("nano-bench", functools.partial(trained, "nano-bench"), build_nano, fashion, 5),
-        Table("nano-width", functools.partial(trained, "nano-width"), build_nano, fashion, 5),
+        Table("classes", lambda: [(c, 8, 16, 1) for c in class_cells()], build_nano, fashion, 3, PAIR, False),
+        Table("nano-bench", lambda: [(c, 8, 16, 1) for c in nanobench.sample_cells()], build_nano, fashion, 3),
+        Table("nano-width", nano_widths, build_nano, fashion, 3),
     )
 }
 
@@ -165,9 +164,9 @@ def score(table: Table, run: Callable[..., list]) -> pd.DataFrame:
         pair = batches(table.images, seed)
         groups = [(table.shared, pair)]
         if seed == 0 and table.once:
-            # Backward passes a sample: 8 of them.
+            # A second derivative, or a backward pass for every sample.
             small = [tuple(part[:8] for part in pair[0])]
-            groups += [(SLOW, pair), (PER_SAMPLE, small)]
+            groups += [(SLOW, pair), (FEW_IMAGES, small)]
         columns = {"seed": [seed] * len(items)}
         for number, (names, data_) in enumerate(groups):
             if not names:
@@ -229,7 +228,7 @@ def write(table: Table, run: Callable[..., list]) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     frame = score(table, run)
     if table.name == "classes":
-        # The largest table: the two seeds side by side, and nothing that follows from the cell.
+        # The largest table: its seeds side by side, and nothing that follows from the cell.
         frame = frame.pivot(index="edges", columns="seed", values=list(PAIR))
         frame.columns = [f"{name}_seed{seed}" for name, seed in frame.columns]
         frame = frame.reset_index()
