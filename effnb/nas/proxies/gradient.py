@@ -16,7 +16,8 @@ class GradientPass:
     """One forward and backward pass of the mean loss in train mode, from which several proxies are read.
 
     ``grads`` holds the gradient of each trainable convolution and linear weight by the name of its layer, zeros where
-    the loss does not depend on it; ``reached`` tells whether it depends on any. The model stays as it was.
+    the loss does not depend on it; ``reached`` tells whether it depends on any. ``loss`` is the mean loss. The
+    model stays as it was.
 
     Args:
         model: network from ``x`` to logits, or to a tuple that ends in them.
@@ -64,6 +65,7 @@ class GradientPass:
                 output = call(self.x)
             loss = mean_loss(self.loss_fn, output, self.y)
             found = gradients(loss, list(self.weights.values()), zeros=False)
+        self.loss = float(loss.detach())
         self.reached = any(grad is not None for grad in found)
         grads = [torch.zeros_like(w) if g is None else g for w, g in zip(self.weights.values(), found, strict=True)]
         self.grads = dict(zip(self.weights, grads, strict=True))

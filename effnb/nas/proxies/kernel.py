@@ -96,7 +96,8 @@ def tangent_kernel(model: nn.Module, batch: Any, seed: int | None = 0) -> Tensor
 def gram(rows: Iterable[Tensor]) -> Tensor:
     """Return the sum of ``G G^T`` in double precision over tensors whose first dimension is the sample."""
     flat = (g.detach().flatten(1).double() for g in rows)
-    return sum(g @ g.T for g in flat)
+    kernel = sum(g @ g.T for g in flat)
+    return (kernel + kernel.T) / 2  # a product of matrices is symmetric up to rounding only
 
 
 def ntk_condition(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:

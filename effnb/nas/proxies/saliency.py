@@ -123,8 +123,8 @@ def without_norms(model: nn.Module) -> Iterator[None]:
 def jacob_cov(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
     r"""Return :math:`-\sum_i \log(v_i + k) + 1/(v_i + k)` of the eigenvalues v of a correlation matrix.
 
-    Higher is better. The matrix correlates the samples' rows of the Jacobian of the summed logits by the input; k is 1e-5. Its maximum
-    :math:`-n (\log(1 + k) + 1 / (1 + k))` is reached by rows without correlation.
+    Higher is better. The matrix correlates the samples' rows of the Jacobian of the summed logits by the input; k is
+    1e-5. The maximum :math:`-n (\log(1 + k) + 1 / (1 + k))` is reached by rows without correlation.
 
     Args:
         model: network; it stays as it was.

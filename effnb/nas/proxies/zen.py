@@ -63,15 +63,15 @@ def zen_score(
     check_model(model)
     x = read_images(batch)
     generator = Generator(x.device).manual_seed(torch.initial_seed() if seed is None else seed)
-    return math.fsum(one_draw(model, x, variance, generator) for _ in range(repeats)) / repeats
+    return math.fsum(one_draw(model, x, variance, generator, seed) for _ in range(repeats)) / repeats
 
 
-def one_draw(model: nn.Module, like: Tensor, variance: str, generator: Generator) -> float:
+def one_draw(model: nn.Module, like: Tensor, variance: str, generator: Generator, seed: int | None) -> float:
     """Return the score of one draw of weights and images."""
     state = gaussian_state(model, generator)
     draw = {"generator": generator, "device": like.device, "dtype": like.dtype}
     x, direction = torch.randn(like.shape, **draw), torch.randn(like.shape, **draw)
-    with pure(model, None, state) as call, torch.no_grad():
+    with pure(model, seed, state) as call, torch.no_grad():
         with batch_variances(model) as measured:
             before = feature_map(call, x)
         after = feature_map(call, x + STEP * direction)
