@@ -50,8 +50,9 @@ class CodeKernel:
 
     def add(self, x: Tensor) -> None:
         """Add the units of one ReLU with input ``x`` of shape ``(batch, ...)``."""
-        product = self._product(x)
-        self.products = product if self.products is None else self.products + product
+        if self.products is None:
+            self.products = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+        self.products += self._product(x)
         self.units += x[0].numel()
 
     def matrix(self) -> Tensor:
@@ -70,8 +71,10 @@ class CodeKernel:
 
 
 def halves_product(x: Tensor) -> Tensor:
-    """Return ``h h^T`` in double precision, ``h = +1/2`` where ``x > 0`` and ``-1/2`` elsewhere."""
+    """Return ``h h^T`` without rounding, ``h = +1/2`` where ``x > 0`` and ``-1/2`` elsewhere."""
     halves = (x.flatten(1) > 0).float().sub_(0.5)
+    if halves.shape[1] <= EXACT:
+        return halves @ halves.T
     return sum((part @ part.T).double() for part in halves.split(EXACT, dim=1))
 
 
