@@ -11,7 +11,7 @@ intervals over cells, and the regrets of searches. Chapter 08 measures all of th
 | connected | the same without the cells that lead nowhere |
 | table | the number of parameters over all 15,625 cells |
 | top | correlation within the best share of all cells, scores of `classes.csv` |
-| skeleton | five cells a stage against one, on 100 cells |
+| skeleton | five cells a stage, one, and the network of nano-bench, on the same 100 cells |
 | search | percentage points between the best cell within the budget and the one that a search returns |
 """
 
@@ -92,12 +92,13 @@ def by_class(table: pd.DataFrame) -> dict[int, pd.DataFrame]:
 
 
 def skeleton(table: pd.DataFrame, bootstrap: int) -> Rows:
-    """One cell a stage against five, over the same cells with seed 0."""
+    """One cell a stage, and the network of nano-bench, against five cells a stage, over the same cells with seed 0."""
     five, every = read("skeleton").set_index("edges"), read("nb201")
     one = every[every.seed == 0].set_index("edges").loc[five.index]
-    scores = {"one": one.zico.to_numpy(), "five": five.zico.to_numpy()}
+    nano = by_class(table)[0].zico.loc[five.index]
+    scores = {"one": one.zico.to_numpy(), "nano": nano.to_numpy(), "five": five.zico.to_numpy()}
     targets = {target: table.loc[five.index, target].to_numpy() for target in TARGETS} | {"five": five.zico.to_numpy()}
-    for row in rank_table(scores, targets, rivals=[("one", "five")], bootstrap=bootstrap):
+    for row in rank_table(scores, targets, rivals=[("one", "five"), ("nano", "five")], bootstrap=bootstrap):
         yield {"experiment": "skeleton", "method": "spearman", "seed": 0} | row
 
 

@@ -12,7 +12,7 @@
 | nano-bench, nano-width | all networks of our own two tables | 2 of 64 Fashion-MNIST | 3 |
 
 A seed fixes the initial weights (Kaiming-normal) and the batches. Proxies that are slow have one seed, the slowest see
-8 images (GraSP, and those that need a gradient for every sample). Accuracies are not among the columns: the files hold scores.
+8 images (GraSP, and those that need a gradient for every sample). The files hold scores, no accuracies.
 """
 
 import argparse
