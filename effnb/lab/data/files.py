@@ -18,6 +18,8 @@ SYSTEM = Path("/usr/share/datasets")
 SHA256 = {
     "fashion-mnist-10k.npz": "9f67113747583aee9b3565fecb61ede7a5787c97a8ef3dcce5666d32665c1746",
     "python-topics.txt": "f14954626294e3eb98c164a9177e249c33abaed6abdd85c14a93150d4588a0ff",
+    "nano-bench.csv": "340264a4db345e368eb09180f2251b6521824e69a40b50189a34eb98e3a246f6",
+    "nano-width.csv": "38aeba0a2789dbc13cf440530fd4c466ab4f30325d7c85e00bf9c34502551878",
     FASHION[0]: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     FASHION[1]: "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     FASHION[2]: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
