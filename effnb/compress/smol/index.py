@@ -1,25 +1,28 @@
-"""The map of bits on disk: one level per group where groups share, then constant, fixed width, or entropy-coded."""
+"""The map of bits on disk: one level per group where groups share; constant, fixed width, coded, or by columns."""
 
 import math
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .contexts import decode_columns, encode_columns
 from .rans import decode_levels, encode_levels, tally
 
 Bytes = NDArray[np.uint8]
 Shape = tuple[int, ...]
 
 
-def encode_map(levels: Bytes, payload_bits: float = 0.0) -> tuple[str, bytes]:
-    """The shortest of three forms for levels 1 to 8.
+def encode_map(levels: Bytes, payload_bits: float = 0.0, rows: int = 1) -> tuple[str, bytes]:
+    """The shortest of four forms for levels 1 to 8.
 
     ``constant`` is one byte. ``fixed`` has ``ceil(log2 k)`` bits per entry for ``k`` different levels. ``coded`` is
-    within about a per cent of the entropy (see :func:`encode_levels`).
+    within about a per cent of the entropy (see :func:`encode_levels`). ``columns`` codes columns of few bits and of
+    many bits apart, below that entropy where inputs differ.
 
     Args:
         levels: bits of each entry, uint8 ``(n,)``.
         payload_bits: size of the digits that go with them.
+        rows: of the matrix that the levels are; 1 for none.
 
     Returns:
         Name of the form and its bytes.
@@ -34,10 +37,14 @@ def encode_map(levels: Bytes, payload_bits: float = 0.0) -> tuple[str, bytes]:
         return "constant", used.tobytes()
     width = (len(used) - 1).bit_length()
     # A coder's header and table alone can be longer than a small map.
-    coded = encode_levels(levels, payload_bits)
-    if coded is None or len(coded) >= 1 + len(used) + (width * len(levels) + 7) // 8:
-        return "fixed", _fixed(levels, used, width)
-    return "coded", coded
+    forms = {"fixed": _fixed(levels, used, width)}
+    apart = rows > 1 and encode_columns(levels.reshape(rows, -1), lambda part: encode_map(part, payload_bits / 4))
+    if apart:
+        forms["columns"] = apart
+    elif (coded := encode_levels(levels, payload_bits)) is not None:
+        forms["coded"] = coded
+    form = min(forms, key=lambda name: len(forms[name]))
+    return form, forms[form]
 
 
 def _fixed(levels: Bytes, used: Bytes, width: int) -> bytes:
@@ -47,13 +54,14 @@ def _fixed(levels: Bytes, used: Bytes, width: int) -> bytes:
     return bytes([len(used)]) + used.tobytes() + b"".join(planes)
 
 
-def decode_map(form: str, data: bytes, count: int) -> Bytes:
+def decode_map(form: str, data: bytes, count: int, rows: int = 1) -> Bytes:
     """Inverse of :func:`encode_map`.
 
     Args:
-        form: ``"constant"``, ``"fixed"`` or ``"coded"``.
+        form: ``"constant"``, ``"fixed"``, ``"coded"`` or ``"columns"``.
         data: the bytes.
         count: number of entries.
+        rows: of the matrix.
 
     Returns:
         Levels from 1 to 8, uint8 ``(count,)``.
@@ -74,8 +82,10 @@ def decode_map(form: str, data: bytes, count: int) -> Bytes:
         levels = _unfix(data, count)
     elif form == "coded":
         levels = decode_levels(data, count)
+    elif form == "columns" and rows > 1 and count % rows == 0:
+        levels = decode_columns(data, (rows, count // rows), decode_map)
     else:
-        raise ValueError(f"form of a map must be 'constant', 'fixed' or 'coded', got {form!r}")
+        raise ValueError(f"form of a map must be 'constant', 'fixed', 'coded' or 'columns', got {form!r}: damaged")
     if count and not 1 <= int(levels.min()) <= int(levels.max()) <= 8:
         raise ValueError(f"a map must hold 1 to 8 bits, got {levels.min()} to {levels.max()}")
     return levels

@@ -66,7 +66,7 @@ def encode_tensor(name: str, item: QuantizedTensor) -> Entry:
     planes = pack_planes(codes, flat)
     levels, shape, block = group_map(bits, item.block)
     payload = int(flat.sum(dtype=np.int64))
-    form, index = encode_map(levels, payload)
+    form, index = encode_map(levels, payload, _rows(shape))
     scale = torch.as_tensor(item.scale, dtype=torch.float32).detach().cpu()
     dtype = str(u.dtype).removeprefix("torch.")
     fields = {"form": form, "map": list(shape), "block": block, "scale": list(scale.shape), "bits": payload}
@@ -76,8 +76,13 @@ def encode_tensor(name: str, item: QuantizedTensor) -> Entry:
 
 def group_levels(entry: Entry) -> np.ndarray:
     """Bits as stored, one number a group."""
-    count = map_size(tuple(entry.fields["map"]), entry.fields["block"], entry.shape)
-    return decode_map(entry.fields["form"], entry.parts[1], count)
+    shape = tuple(entry.fields["map"])
+    count = map_size(shape, entry.fields["block"], entry.shape)
+    return decode_map(entry.fields["form"], entry.parts[1], count, _rows(shape))
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) > 1 else 1
 
 
 def weight_levels(entry: Entry) -> np.ndarray:
