@@ -311,6 +311,29 @@ def test_the_weight_gradient_of_one_image_has_rank_p_m(grid, k, bound):
     assert torch.linalg.matrix_rank(ours(x, weight, bias, grad_y, grid, k=k)[2]) == bound
 
 
+def smooth_fields(generator, *shape, side=7, exponent=1.5):
+    """Random images with a 1/f spectrum, as tokens ``(batch, side * side, channels)``."""
+    frequency = torch.fft.fftfreq(side) * side
+    radius = (frequency[:, None] ** 2 + frequency**2).sqrt().clamp_min(1)
+    noise = torch.randn(*shape, side, side, generator=generator, dtype=torch.float64)
+    return torch.fft.ifft2(torch.fft.fft2(noise) / radius**exponent).real.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_on_smooth_fields_the_orthonormal_basis_beats_zeros_and_these_reflection(k):
+    generator = torch.Generator().manual_seed(0)
+    x, grad_y = smooth_fields(generator, 16, 32), smooth_fields(generator, 16, 48)
+    weight, bias = draw((48, 32), (48,))
+    _, *reference = exact(x, weight, bias, grad_y)
+    errors = {}
+    for padding in ("reflect", "zero", "orthonormal"):
+        _, *found = ours(x, weight, bias, grad_y, (7, 7), k=k, padding=padding)
+        errors[padding] = [(a - b).norm() / b.norm() for a, b in zip(found, reference, strict=True)]
+    (reflect_x, reflect, _), (zero_x, zero, _), (best_x, best, _) = errors.values()
+    assert best < zero < reflect
+    assert best_x < min(zero_x, reflect_x)
+
+
 # --- extra tokens, images, convolutions ------------------------------------------------------------------------------
 
 

@@ -151,6 +151,15 @@ def test_operators_follow_the_dtype(padding, grid):
             assert (a.double() - b).norm() <= tolerance * b.norm()
 
 
+def test_operators_follow_the_device():
+    """The meta device stands for any other: tables made for it must not be found on the CPU."""
+    for device in ("meta", "cpu"):
+        layer = WalshLowRankLinear(6, 5, device=device, k=7, grid=(14, 14))
+        x = torch.zeros(2, 196, 6, device=device).requires_grad_()
+        layer(x).sum().backward()
+        assert x.grad.device.type == layer.weight.grad.device.type == device
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_autocast_casts_as_for_the_plain_layer(kind):
     make, plain, shape = LAYERS[kind]

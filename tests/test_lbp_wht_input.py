@@ -52,6 +52,12 @@ def test_orders_that_are_no_power_of_two(order):
         walsh_matrix(8.0)
 
 
+def test_counts_that_are_no_integers():
+    for options in ({"k": 1.5}, {"positions": [(0.5, 1)]}):
+        with pytest.raises(TypeError, match="float"):
+            walsh_positions(8, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
