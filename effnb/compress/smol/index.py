@@ -1,11 +1,11 @@
-"""The map of bits on disk: one level per group where groups share; constant, fixed width, coded, or by columns."""
+"""The map of bits on disk: one level per group where groups share; constant, fixed width, coded, or by lines."""
 
 import math
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .contexts import decode_columns, encode_columns
+from .contexts import decode_lines, encode_lines
 from .rans import decode_levels, encode_levels, tally
 
 Bytes = NDArray[np.uint8]
@@ -16,8 +16,8 @@ def encode_map(levels: Bytes, payload_bits: float = 0.0, rows: int = 1) -> tuple
     """The shortest of four forms for levels 1 to 8.
 
     ``constant`` is one byte. ``fixed`` has ``ceil(log2 k)`` bits per entry for ``k`` different levels. ``coded`` is
-    within about a per cent of the entropy (see :func:`encode_levels`). ``columns`` codes columns of few bits and of
-    many bits apart, below that entropy where inputs differ.
+    within about a per cent of the entropy (see :func:`encode_levels`). ``lines`` codes rows and columns of few and of
+    many bits apart, below that entropy where inputs or outputs differ.
 
     Args:
         levels: bits of each entry, uint8 ``(n,)``.
@@ -38,9 +38,9 @@ def encode_map(levels: Bytes, payload_bits: float = 0.0, rows: int = 1) -> tuple
     width = (len(used) - 1).bit_length()
     # A coder's header and table alone can be longer than a small map.
     forms = {"fixed": _fixed(levels, used, width)}
-    apart = rows > 1 and encode_columns(levels.reshape(rows, -1), lambda part: encode_map(part, payload_bits / 4))
+    apart = rows > 1 and encode_lines(levels.reshape(rows, -1), lambda part: encode_map(part, payload_bits / 8))
     if apart:
-        forms["columns"] = apart
+        forms["lines"] = apart
     elif (coded := encode_levels(levels, payload_bits)) is not None:
         forms["coded"] = coded
     form = min(forms, key=lambda name: len(forms[name]))
@@ -58,7 +58,7 @@ def decode_map(form: str, data: bytes, count: int, rows: int = 1) -> Bytes:
     """Inverse of :func:`encode_map`.
 
     Args:
-        form: ``"constant"``, ``"fixed"``, ``"coded"`` or ``"columns"``.
+        form: ``"constant"``, ``"fixed"``, ``"coded"`` or ``"lines"``.
         data: the bytes.
         count: number of entries.
         rows: of the matrix.
@@ -82,10 +82,10 @@ def decode_map(form: str, data: bytes, count: int, rows: int = 1) -> Bytes:
         levels = _unfix(data, count)
     elif form == "coded":
         levels = decode_levels(data, count)
-    elif form == "columns" and rows > 1 and count % rows == 0:
-        levels = decode_columns(data, (rows, count // rows), decode_map)
+    elif form == "lines" and rows > 1 and count % rows == 0:
+        levels = decode_lines(data, (rows, count // rows), decode_map)
     else:
-        raise ValueError(f"form of a map must be 'constant', 'fixed', 'coded' or 'columns', got {form!r}: damaged")
+        raise ValueError(f"form of a map must be 'constant', 'fixed', 'coded' or 'lines', got {form!r}: damaged")
     if count and not 1 <= int(levels.min()) <= int(levels.max()) <= 8:
         raise ValueError(f"a map must hold 1 to 8 bits, got {levels.min()} to {levels.max()}")
     return levels
