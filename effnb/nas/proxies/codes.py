@@ -99,8 +99,9 @@ def naswot(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, see
 
     :math:`K = \sum c c^\top + (1-c)(1-c)^\top` over all ReLUs, with the row :math:`c_i` of sample i one where the
     input of the ReLU is positive: :math:`K_{ij}` is the number of units minus the Hamming distance of two samples. One
-    forward pass in train mode. Every ReLU that is computed counts; the official code leaves out those that no gradient
-    reaches. ``-inf`` if K is singular, as with two equal samples.
+    forward pass in train mode. Every ReLU that is computed counts, be it a module, a function or a method, leaky or
+    clipped too; the official code leaves out those that no gradient reaches. ``-inf`` if K is singular, as with two
+    equal samples.
 
     Args:
         model: network with ReLUs; it stays as it was.

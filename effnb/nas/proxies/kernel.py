@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .common import Loss, check_model, gradients, mean_loss, pure, read_batch, read_images, total, weights
 
 UNDEFINED = 1e5  # what the official code returns for a condition number that is NaN
-CACHE = {"cpu": 2**19, "cuda": 2**26}  # elements of a batched activation that are still worth batching
+CACHE = {"cpu": 2**18, "cuda": 2**26}  # elements of a batched activation that are still worth batching
 LEAST = 4  # below so many samples at a time a loop is as fast
 
 
