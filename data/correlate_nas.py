@@ -49,18 +49,17 @@ def accuracies() -> pd.DataFrame:
     return data.load("nas-bench-201").table.set_index("edges").rename(columns=lambda c: c.removesuffix("_test"))
 
 
-def sample(table: pd.DataFrame, bootstrap: int) -> Rows:
-    """Correlations on the sample, by seed and method, and differences of ZiCo to its rivals."""
-    scores = read("nb201")
-    for seed, rows in scores.groupby("seed"):
-        for name, part in (("sample", rows), ("connected", rows[rows.connected == 1])):
+def sample(table: pd.DataFrame, bootstrap: int, name: str = "nb201") -> Rows:
+    """Correlations on the cells of a file of scores, by seed and method, and differences of ZiCo to its rivals."""
+    for seed, rows in read(name).groupby("seed"):
+        for experiment, part in (("sample", rows), ("connected", rows[rows.connected == 1])):
             columns = part.drop(columns=list(NOT_SCORES), errors="ignore").dropna(axis=1)
             targets = {target: table.loc[part.edges, target].to_numpy() for target in TARGETS}
             rivals = [("zico", rival) for rival in RIVALS if rival in columns]
-            for method in ("spearman", "kendall"):
-                options = {"method": method, "bootstrap": bootstrap if name == "sample" else 0, "rivals": rivals}
+            for method in ("spearman", "kendall")[: 2 if seed == 0 else 1]:
+                options = {"method": method, "bootstrap": bootstrap if experiment == "sample" else 0, "rivals": rivals}
                 for row in rank_table({c: columns[c].to_numpy() for c in columns}, targets, **options):
-                    yield {"experiment": name, "method": method, "seed": seed} | row
+                    yield {"experiment": experiment, "method": method, "seed": seed} | row
 
 
 def whole(table: pd.DataFrame) -> Rows:
@@ -119,10 +118,10 @@ def search(table: pd.DataFrame, seeds: int = 10, steps: int = 300, population: i
                     yield key | {"target": target, "estimate": best[target] - table.loc[found, target]}
 
 
-def measured(bootstrap: int = 1000) -> pd.DataFrame:
-    """Everything, a row a figure."""
+def measured(bootstrap: int = 1000, name: str = "nb201") -> pd.DataFrame:
+    """Everything, a row a figure; ``name`` is the file of the sample's scores."""
     table = accuracies()
-    rows = [*sample(table, bootstrap), *whole(table), *skeleton(table, bootstrap), *search(table)]
+    rows = [*sample(table, bootstrap, name), *whole(table), *skeleton(table, bootstrap), *search(table)]
     return pd.DataFrame(rows)[[*KEYS, "estimate", "lo", "hi"]]
 
 

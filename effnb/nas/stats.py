@@ -30,6 +30,9 @@ class Correlation:
     dropped: int = 0
     resamples: np.ndarray | None = None
 
+    def __float__(self) -> float:
+        return self.estimate
+
     def __str__(self) -> str:
         interval = "" if np.isnan(self.lo) else f" [{self.lo:.3f}, {self.hi:.3f}]"
         return f"{self.estimate:.3f}{interval}"
