@@ -1,7 +1,7 @@
 """The cell space of NAS-Bench-201: 6 edges, 5 operations, 15,625 cells.
 
-A cell has four nodes; each edge ``i > j`` (``i < j``) carries one operation, and a node is the sum of its edges. We
-write a cell as six digits, one an edge in the order of `EDGES`, each an index into `OPERATIONS`.
+A cell has four nodes; each edge ``i > j`` carries one operation, and a node is the sum of its edges. We write a cell as
+six digits, one an edge in the order of `EDGES`, each an index into `OPERATIONS`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -111,9 +111,8 @@ def is_connected(edges: str) -> bool:
 def iso_class(edges: str) -> str:
     """Return the official API's unique string of a cell; cells that share it compute the same function.
 
-    A skip connection is replaced by its source, an operation on a lone zero is a zero, and the terms of a sum are
-    sorted: 6,466 strings for 15,625 cells. Zeros inside longer sums stay, as in the official code; without them 5,390
-    functions are left.
+    A skip becomes its source, an operation on a lone zero a zero, and the terms of a sum are sorted: 6,466 strings for
+    15,625 cells. Zeros inside longer sums stay, as in the official code; without them 5,390 functions are left.
 
     Args:
         edges: six digits 0..4.
@@ -157,8 +156,7 @@ def operation(digit: str, channels: int) -> nn.Module:
 class Cell(nn.Module):
     """A cell at a fixed width; ``(batch, channels, h, w)`` in and out.
 
-    Every edge but ``none`` is computed, also one that leads nowhere: its weights count as parameters, and its ReLUs as
-    units, as in the official code.
+    Every edge but ``none`` is computed, also one that leads nowhere: its weights and ReLUs count, as in the official code.
 
     Args:
         edges: six digits 0..4.
@@ -201,20 +199,15 @@ class Reduction(nn.Module):
 
 
 def cell_network(
-    edges: str,
-    widths: Sequence[int],
-    depth: int,
-    reduction: Callable[[int, int], nn.Module],
-    in_channels: int,
-    num_classes: int,
+    edges: str, widths: Sequence[int], depth: int, reduction: Callable[[int, int], nn.Module], inputs: int, outputs: int
 ) -> nn.Sequential:
     """Return stem, one stage of ``depth`` cells a width with ``reduction(fan_in, fan_out)`` between them, and head."""
-    layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0])]
+    layers: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0])]
     for i, width in enumerate(widths):
         layers += [reduction(widths[i - 1], width)] if i else []
         layers += [Cell(edges, width) for _ in range(depth)]
     head = [nn.BatchNorm2d(widths[-1]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, *head, nn.Linear(widths[-1], num_classes))
+    return nn.Sequential(*layers, *head, nn.Linear(widths[-1], outputs))
 
 
 def build_cell_net(
