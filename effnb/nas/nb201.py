@@ -156,7 +156,7 @@ def operation(digit: str, channels: int) -> nn.Module:
 class Cell(nn.Module):
     """A cell at a fixed width; ``(batch, channels, h, w)`` in and out.
 
-    Every edge but ``none`` is computed, also one that leads nowhere: its weights and ReLUs count, as in the official code.
+    Every edge but ``none`` is computed, also one that leads nowhere: its weights and ReLUs count, as officially.
 
     Args:
         edges: six digits 0..4.
