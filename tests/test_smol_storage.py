@@ -297,6 +297,7 @@ def test_bad_models_are_refused():
     with pytest.raises(ValueError, match="at least one quantised weight"):
         pack({})
     good = QuantizedTensor(torch.zeros(2), 1)
+    assert torch.equal(pack({"a": (torch.zeros(2), 1, 0.5)}).to_state_dict()["a"], torch.full((2,), 0.5))
     with pytest.raises(TypeError, match="must be a tensor or a QuantizedTensor"):
         pack({"a": good, "b": [1, 2]})
     with pytest.raises(TypeError, match="must be a dense tensor"):

@@ -20,7 +20,7 @@ class PackedModel:
     """A model in the file format: quantised weights as digit planes with their map of bits, all else as it is.
 
     Args:
-        entries: one for each tensor.
+        entries: records of the file, one for each tensor; made by :func:`pack` or read from a file.
 
     Reference: savarese2022bits
 
@@ -29,7 +29,7 @@ class PackedModel:
     (4, tensor([ 0.2500, -1.0000]))
     """
 
-    def __init__(self, entries: list[Entry]) -> None:
+    def __init__(self, entries: list) -> None:
         self.entries = list(entries)
         self._data: bytes | None = None
 
@@ -97,12 +97,12 @@ class PackedModel:
         return {e.name: decode_tensor(e) if e.kind == "pm1" else tensor_from_raw(e) for e in self.entries}
 
 
-def pack(model_or_tensors: nn.Module | Mapping[str, QuantizedTensor | Tensor]) -> PackedModel:
+def pack(model_or_tensors: nn.Module | Mapping[str, QuantizedTensor | Tensor | tuple]) -> PackedModel:
     """Pack a model whose bits are fixed (after ``handle.freeze()``), or tensors by name.
 
     Args:
         model_or_tensors: a module with frozen :class:`SmolGate`, before ``finalize()``; or a mapping from name to
-            :class:`QuantizedTensor` (packed) or plain tensor (stored as it is).
+            :class:`QuantizedTensor` or ``(u, bits, scale)`` (packed), or to a plain tensor (stored as it is).
 
     Returns:
         The packed model; its ``to_state_dict()`` has the plain model's names.
@@ -121,6 +121,7 @@ def pack(model_or_tensors: nn.Module | Mapping[str, QuantizedTensor | Tensor]) -
     (64, True)
     """
     items = gated_tensors(model_or_tensors) if isinstance(model_or_tensors, nn.Module) else dict(model_or_tensors)
+    items = {name: QuantizedTensor(*item) if isinstance(item, tuple) else item for name, item in items.items()}
     if not any(isinstance(item, QuantizedTensor) for item in items.values()):
         raise ValueError("pack needs at least one quantised weight: pack the model before finalize()")
     entries = []
