@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tips_oracles import all_paths, dags, slow_pruned
@@ -173,6 +174,13 @@ def test_anchored_samples_with_a_loose_anchor():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_generators_of_torch_serve_too():
+    drawn = [UniformSampler(G, 0.5, rng=torch.Generator().manual_seed(k))(5) for k in (0, 0, 1)]
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+    stream = torch.Generator().manual_seed(0)
+    assert (sample_subgraph(G, 0.5, rng=stream) != sample_subgraph(G, 0.5, rng=stream)).any()
 
 
 def test_no_seed_is_refused():

@@ -304,7 +304,7 @@ def test_bad_training(call, message):
 
 def test_accuracy_counts_hits():
     net, subnetworks = mlp(G), sandwich(G)(5)
-    found = anytime_accuracy(net, subnetworks, X, Y, chunk=2)
+    found = anytime_accuracy(net, subnetworks, X, Y, chunk=2, batch_size=30)
     expected = [(loop_mlp(net, X, m).argmax(-1) == Y).double().mean() for m in torch.from_numpy(G.masks(subnetworks))]
     np.testing.assert_allclose(found, 100 * np.array([float(e) for e in expected]), rtol=1e-6)
     both = mlp(G, copies=2)

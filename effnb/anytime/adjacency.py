@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 Array = np.ndarray
-Rng = np.random.Generator | int | Sequence[int]
+Rng = np.random.Generator | torch.Generator | int | Sequence[int]
 
 
 def as_rng(rng: Rng) -> np.random.Generator:
-    """A NumPy generator from a generator (used as it is) or a seed; ``None`` would not be reproducible."""
+    """A NumPy generator from one (used as it is), a torch generator (which gives a seed) or a seed; never ``None``."""
     if rng is None:
-        raise TypeError("rng must be a numpy Generator or a seed, got None")
+        raise TypeError("rng must be a generator or a seed, got None")
+    if isinstance(rng, torch.Generator):
+        return np.random.default_rng(int(torch.randint(2**62, (), generator=rng, device=rng.device)))
     return np.random.default_rng(rng)
 
 

@@ -39,11 +39,12 @@ class UniformSampler:
     anchor: list[int] | None = None
     anchor_keep = 1.0
 
-    def __init__(self, graph: SuperGraph, keeps: Sequence[float] = (0.25, 0.5, 0.75), *, rng: Rng) -> None:
+    def __init__(self, graph: SuperGraph, keeps: float | Sequence[float] = (0.25, 0.5, 0.75), *, rng: Rng) -> None:
+        keeps = np.atleast_1d(np.asarray(keeps, float))
         if not len(keeps):
             raise ValueError("keeps must hold at least one probability, got none")
         self.graph, self.rng = graph, as_rng(rng)
-        self.keeps = check_keeps(np.asarray(keeps, float), len(keeps), self.anchor is not None)
+        self.keeps = check_keeps(keeps, len(keeps), self.anchor is not None)
         self._stock = np.zeros((0, graph.num_edges), bool)
 
     def __call__(self, T: int) -> Array:
@@ -88,7 +89,7 @@ class AnchoredSampler(UniformSampler):
         self,
         graph: SuperGraph,
         anchor: Sequence[int],
-        keeps: Sequence[float] = (0.25, 0.5, 0.75),
+        keeps: float | Sequence[float] = (0.25, 0.5, 0.75),
         *,
         anchor_keep: float = 1.0,
         costs: Array | None = None,
@@ -99,7 +100,7 @@ class AnchoredSampler(UniformSampler):
         graph.path_edges(anchor)  # checks that it is a path
         self.anchor, self.anchor_keep = [int(v) for v in anchor], anchor_keep
         if match:
-            wanted = [expected_share(graph, q, costs=costs, rng=rng) for q in keeps]
+            wanted = [expected_share(graph, q, costs=costs, rng=rng) for q in np.atleast_1d(keeps)]
             keeps = [matched_keep(graph, share, anchor, costs=costs, rng=rng) for share in wanted]
         super().__init__(graph, keeps, rng=rng)
 
@@ -131,7 +132,7 @@ class TIPSSampler(AnchoredSampler):
     def __init__(
         self,
         graph: SuperGraph,
-        keeps: Sequence[float] = (0.25, 0.5, 0.75),
+        keeps: float | Sequence[float] = (0.25, 0.5, 0.75),
         *,
         T: int = 4,
         blocks: int = 16,
@@ -144,7 +145,7 @@ class TIPSSampler(AnchoredSampler):
     ) -> None:
         rng = as_rng(rng)
         self._source, self._chain = SandwichSampler(UniformSampler(graph, keeps, rng=rng)), (T, blocks, lam, closure)
-        self._options, self._wanted, self.reduction = options, tuple(keeps), reduction
+        self._options, self._wanted, self.reduction = options, keeps, reduction
         self.refresh_every, self._calls = refresh_every, 0
         self.graph, self.rng = graph, rng
         self.refresh()

@@ -155,7 +155,9 @@ def _order(size: int, count: int, generator: Generator) -> Tensor:
 
 
 @torch.no_grad()
-def anytime_accuracy(supernet: nn.Module, subnetworks: np.ndarray, x: Tensor, y: Tensor, chunk: int = 8) -> Tensor:
+def anytime_accuracy(
+    supernet: nn.Module, subnetworks: np.ndarray, x: Tensor, y: Tensor, *, chunk: int = 8, batch_size: int = 1024
+) -> Tensor:
     """Accuracy of subnetworks in percent.
 
     Args:
@@ -163,7 +165,8 @@ def anytime_accuracy(supernet: nn.Module, subnetworks: np.ndarray, x: Tensor, y:
         subnetworks: ``(T, n, n)`` with one copy, or ``(copies, T, n, n)``.
         x: ``(N, ...)`` samples, the same for all copies.
         y: ``(N,)`` labels.
-        chunk: subnetworks in one forward pass, >= 1.
+        chunk: subnetworks of a copy in one forward pass, >= 1.
+        batch_size: samples in one forward pass, >= 1.
 
     Returns:
         ``(T,)`` or ``(copies, T)``.
@@ -179,5 +182,6 @@ def anytime_accuracy(supernet: nn.Module, subnetworks: np.ndarray, x: Tensor, y:
     torch.Size([1])
     """
     masks = torch.from_numpy(supernet.graph.masks(subnetworks)).split(chunk, -2)
-    hits = [(supernet(x, part).argmax(-1) == y).float().mean(-1) for part in masks]
-    return 100 * torch.cat(hits, -1)
+    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    hits = [sum((supernet(a, part).argmax(-1) == b).sum(-1) for a, b in batches) for part in masks]
+    return 100 * torch.cat(hits, -1) / len(y)
