@@ -29,6 +29,8 @@ from effnb.anytime import (
 from effnb.lab import data
 
 G = layered_graph(4, 3, 0.6, min_edges=20, rng=0)
+PATH = next(G.paths())
+LOOSE = np.array([e[0] != 0 or e[1] == PATH[1] for e in G.edges])  # two nodes of the first layer have lost their input
 
 
 def stream(seed):
@@ -177,6 +179,8 @@ def test_flops_are_counted_two_a_multiply_add():
         (lambda: DagConvNet(SuperGraph(2, [(0, 1)])), "no operation from the input to the output"),
         (lambda: mlp(G)(torch.zeros(5, 6), torch.ones(3, 7)), "masks must have shape"),
         (lambda: mlp(G, 2)(torch.zeros(5, 6), masks_of(G)), "masks must have shape"),
+        (lambda: mlp(G)(torch.zeros(5, 6).double(), G.path_edges(PATH)[None] ^ G.path_edges(PATH)), "pruned"),
+        (lambda: mlp(G)(torch.zeros(5, 6).double(), LOOSE[None]), "pruned"),
         (lambda: mlp(G, 2)(torch.zeros(3, 5, 6), masks_of(G, 2)), "x must have 2 dimensions"),
         (lambda: mlp(G)(torch.zeros(1, 5, 2, 3), masks_of(G)), "x must have 2 dimensions"),
     ],

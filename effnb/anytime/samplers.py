@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from effnb.anytime.adjacency import Rng, as_rng, check_adjacency
+from effnb.anytime.adjacency import Rng, as_rng, check_adjacency, prune_to_terminals
 from effnb.anytime.budget import expected_share, matched_keep
 from effnb.anytime.graph import SuperGraph, check_keeps, sample_masks
 from effnb.anytime.tips import most_important_path, topological_scores
@@ -205,7 +205,8 @@ class JointSampler:
     def __init__(self, subnetworks: Sequence[Array]) -> None:
         if len(subnetworks) == 0:
             raise ValueError("subnetworks must hold at least one matrix, got none")
-        self._all = np.array([check_adjacency(a, f"subnetworks[{k}]") for k, a in enumerate(subnetworks)]).astype(int)
+        checked = [check_adjacency(a, f"subnetworks[{k}]") for k, a in enumerate(subnetworks)]
+        self._all = np.array([prune_to_terminals(a) for a in checked]).astype(int)
 
     def __call__(self, T: int) -> Array:
         """All subnetworks; ``T`` must be their number."""

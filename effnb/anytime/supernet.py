@@ -40,11 +40,11 @@ class Active(NamedTuple):
     weights: Tensor  # copy and edge
     inputs: Tensor  # source, as a row of its level's values
     outputs: Tensor  # target, as a row of its level's values
-    scale: Tensor  # 1 / number of active operations of the target
+    scale: Tensor  # 1 / number of active operations of the target, (active, 1, 1)
 
     def chosen(self) -> Tensor:
         """Scaled weights and biases, ``(active, fan_in + 1, out)``."""
-        return self.ops.weight.flatten(0, 1).index_select(0, self.weights) * self.scale[:, None, None]
+        return self.ops.weight.flatten(0, 1).index_select(0, self.weights) * self.scale
 
 
 class Step(NamedTuple):
@@ -147,12 +147,14 @@ class StackedSupernet(nn.Module):
         active[self._ends_once] = copies
         k, g = np.nonzero(active)
         copy, start, end = np.where(self._ends_once[k], g, g // T), self._start[k], self._end[k]
+        if not (degree[-1].all() and (degree[start, g] + (start == 0)).all()):
+            raise ValueError("masks must be pruned subnetworks, got an operation without input or no path")
         index = np.empty((3, len(k)), np.int64)
         index[0] = copy * self._count[k] + self._local[k]
         index[1] = row[start, np.where(self._starts_once[k], copy, g)]
         index[2] = row[end, g]
         like, sizes = self.groups[0].weight, np.bincount(self._group[k], minlength=len(self.groups)).tolist()
-        scale = torch.from_numpy(1 / np.maximum(degree[end, g], 1)).to(like)
+        scale = torch.from_numpy(1 / np.maximum(degree[end, g], 1)[:, None, None]).to(like)
         tensors = (*torch.from_numpy(index).to(like.device).unbind(), scale)
         steps = [Step(rows, []) for rows in count.tolist()]
         for ops, *part in zip(self.groups, *(t.split(sizes) for t in tensors), strict=True):
