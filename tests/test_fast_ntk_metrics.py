@@ -384,3 +384,5 @@ def test_bad_membership(blobs, tuned):
         membership_inference(tuned[0], retain, (x, y), (x[:0], y[:0]))
     with pytest.raises(ValueError, match="labels"):
         membership_inference(tuned[0], retain, (x, y + 1), forget)
+    with pytest.raises(ValueError, match="finite outputs"):
+        membership_inference(nn.Identity(), (torch.eye(2) / 0, y[:2]), (torch.eye(2), y[:2] * 0), (torch.eye(2), y[:2]))

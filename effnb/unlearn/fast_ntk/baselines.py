@@ -35,11 +35,11 @@ def max_loss(
         params: see :func:`finetune`.
         retain: the retained data.
         forget: the samples to forget; a random batch of them goes with every batch of retained ones.
-        alpha: weight of the ascent, >= 0.
+        alpha: weight of the ascent, >= 0; the objective has no minimum where it wins, so a long run diverges.
         loss: see :func:`finetune`.
         centred: see :func:`finetune`.
         epochs: passes over the retained data, >= 0.
-        lr: learning rate at the start; the ascent has no minimum, so it is small.
+        lr: learning rate at the start.
         momentum: of SGD, in [0, 1).
         batch_size: samples of each kind a step, >= 1.
         seed: of the order of the samples.

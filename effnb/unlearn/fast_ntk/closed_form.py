@@ -25,11 +25,16 @@ def _rows(jac: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor, int
     return rows, residual.double().reshape(-1), len(jac)
 
 
-def _linear_step(rows: Tensor, residual: Tensor, ridge: float, form: str) -> Tensor:
-    """``w_lin = -J^T (J J^T + ridge I)^-1 r`` on either side of the push-through identity."""
-    if form == "dual":
-        return -(rows.T @ ridge_solve(rows @ rows.T, residual, ridge))
-    return -ridge_solve(rows.T @ rows, rows.T @ residual, ridge)
+def _dual_step(rows: Tensor, residual: Tensor, ridge: float) -> Tensor:
+    """``w_lin = -J^T (J J^T + ridge I)^-1 r``."""
+    return -(rows.T @ ridge_solve(rows @ rows.T, residual, ridge))
+
+
+def _primal_difference(retain: tuple[Tensor, Tensor], forget: tuple[Tensor, Tensor], ridges: list[float]) -> Tensor:
+    """Both steps on the other side of the push-through identity; the sums of ``D`` are those of its parts."""
+    grams, grads = zip(*((rows.T @ rows, rows.T @ residual) for rows, residual in (retain, forget)), strict=True)
+    after = ridge_solve(grams[0], grads[0], ridges[0])
+    return ridge_solve(grams[0] + grams[1], grads[0] + grads[1], ridges[1]) - after
 
 
 def _block_step(retain: tuple[Tensor, Tensor], forget: tuple[Tensor, Tensor], ridge: float) -> Tensor:
@@ -100,9 +105,10 @@ def ntk_delta(
         return _block_step((jr, rr), (jf, rf), (n_r + n_f) * lam if common is None else common)
     if form == "auto":
         form = "primal" if jr.shape[1] <= len(jr) + len(jf) else "dual"
-    whole = torch.cat([jr, jf]), torch.cat([rr, rf])
-    after = _linear_step(jr, rr, n_r * lam if common is None else common, form)
-    return after - _linear_step(*whole, (n_r + n_f) * lam if common is None else common, form)
+    ridges = [n_r * lam, (n_r + n_f) * lam] if common is None else [common, common]
+    if form == "primal":
+        return _primal_difference((jr, rr), (jf, rf), ridges)
+    return _dual_step(jr, rr, ridges[0]) - _dual_step(torch.cat([jr, jf]), torch.cat([rr, rf]), ridges[1])
 
 
 class SolveCost(NamedTuple):

@@ -75,7 +75,7 @@ def membership_inference(
 
     Raises:
         ImportError: scikit-learn is missing.
-        ValueError: an empty set, labels outside ``0..K-1``, or an unknown loss.
+        ValueError: an empty set, labels outside ``0..K-1``, an unknown loss, or outputs that are not finite.
 
     Reference: golatkar2020forgetting, golatkar2020eternal
     """
@@ -88,6 +88,8 @@ def membership_inference(
     outputs = [outputs_in_eval(model, x) for x, _ in sets]
     for (_, y), name in zip(sets, ("retain", "test", "forget"), strict=True):
         check_labels(y, outputs[0].shape[1], name)
+    if not all(torch.isfinite(out).all() for out in outputs):
+        raise ValueError("model must have finite outputs, got NaN or infinity")
     members, others, forgotten = (_entropy(out) for out in outputs)
     attack = SVC(C=3, gamma="auto", kernel="rbf")
     labels = [1] * len(members) + [0] * len(others)
