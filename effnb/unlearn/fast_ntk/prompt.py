@@ -19,7 +19,7 @@ class PromptedViT(nn.Module):
         generator: stream for the prompts; ``None`` draws from torch's global one.
 
     Raises:
-        TypeError: ``vit`` is no :class:`effnb.models.ViT`.
+        TypeError: ``vit`` is no ``effnb.models.ViT``.
         ValueError: ``num_prompts`` < 1 or ``std`` < 0.
 
     Reference: jia2022visual
