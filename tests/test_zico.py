@@ -208,6 +208,14 @@ def test_a_constant_gradient_is_left_out_not_divided_by_epsilon():
     assert many.sums("code")["0"] == pytest.approx(1 / math.sqrt(8 / 9)) and many.sums("floor")["0"] == 1.0
 
 
+def test_one_nearly_constant_weight_rules_its_layer():
+    """The quotient has a heavy tail, so that rounding can move a score by per cents; the floor does not move."""
+    g = torch.ones(2, 1000)
+    g[1] = -1
+    g[1, 0] = 1 + 2**-20
+    assert filled(g).sums("code")["0"] == pytest.approx(2**21 + 999 + 1) and filled(g).sums("floor")["0"] == 1000
+
+
 def test_the_deviation_divides_by_n():
     """With N - 1 every layer would be shifted by log sqrt((N - 1) / N), which ranks deep networks differently."""
     g = np.random.default_rng(0).normal(size=(2, 40))
