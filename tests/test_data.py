@@ -20,6 +20,7 @@ from scipy.sparse import csr_matrix
 from effnb.lab import data
 from effnb.lab.data import fetching, files, graphs, text
 from effnb.lab.data.kinds import stratified
+from effnb.nas import nanobench, nb201
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = {"digits": (1437, 360, (1, 8, 8)), "fashion-mnist-10k": (10000, 2000, (1, 28, 28))}
@@ -209,10 +210,23 @@ def test_only_the_embedded_files_lie_in_the_repository():
     tracked = subprocess.run(["git", "ls-files", "data"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not tracked:
         pytest.skip("not a git checkout")
-    known = {".gitattributes", ".gitignore", "README.md", "make_embedded.py"}
-    assert {Path(t).name for t in tracked} - known == {"fashion-mnist-10k.npz", "python-topics.txt"}
+    known = {".gitattributes", ".gitignore", "README.md"}
+    found = {Path(t).name for t in tracked if not t.endswith(".py")} - known
+    assert found == {"fashion-mnist-10k.npz", "python-topics.txt", "nano-bench.csv", "nano-width.csv"}
     readme = (ROOT / "data/README.md").read_text()
-    assert all(files.SHA256[name] in readme for name in ("fashion-mnist-10k.npz", "python-topics.txt"))
+    assert all(files.SHA256[name] in readme for name in found)
+
+
+def test_nano_bench_holds_the_sampled_cells_and_spreads():
+    nano, widths = data.load("nano-bench").table, data.load("nano-width").table
+    assert nano.edges.tolist() == nanobench.sample_cells() and len(widths) == 50
+    accuracy = nano[[f"acc_seed{seed}" for seed in range(3)]]
+    assert np.allclose(accuracy.mean(axis=1), nano.acc_mean, atol=1e-4) and accuracy.min().min() > 5
+    assert (nano.connected == nano.edges.map(nb201.is_connected)).all()
+    assert nano[nano.connected == 1].acc_mean.std() > 2
+    for row in (nano.iloc[0], widths.iloc[7]):
+        net = nanobench.build_net(row.edges, (row.width1, row.width2), row.depth)
+        assert sum(p.numel() for p in net.parameters()) == row.params
 
 
 def test_embedded_files_are_rebuilt_to_the_bit_from_the_originals():

@@ -23,7 +23,7 @@ from effnb.models.small import mlp
 from effnb.nas import nanobench, score_all
 from effnb.nas.proxies.journal import fingerprint
 
-ray_cluster = test_sweep.ray_cluster  # the fixture
+no_other_ray, ray_cluster = test_sweep.no_other_ray, test_sweep.ray_cluster  # fixtures
 BATCHES = [batch(4, 14, seed) for seed in (0, 1)]
 CELLS = ["312403", "000000", "333333"]
 NAMES = ["zico", "naswot", "snip", "count_params", "zen_score"]

@@ -1,6 +1,7 @@
 """Sweeps and the fan-out beneath them: order, failures, resumption, a real Ray cluster, tables and files."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -329,7 +330,15 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def ray_cluster():
+def no_other_ray():
+    """Tests that start a Ray cluster wait for each other: two clusters may pick each other's inner ports."""
+    with Path(tempfile.gettempdir(), f"effnb-ray-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
+def ray_cluster(no_other_ray):
     """A Ray cluster of this test alone, in a process group of its own; yields its address."""
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     program = Path(sys.executable).with_name("ray")
@@ -342,6 +351,8 @@ def ray_cluster():
          "--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}",
          f"--dashboard-agent-listen-port={free_port()}", "--object-store-memory=100000000"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        # A token that this user keeps for other clusters must not close this one.
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
     )  # fmt: skip
     watch = threading.Timer(120, process.kill)
     watch.start()
