@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -75,7 +76,10 @@ def test_a_chapter_that_hangs_is_killed_with_its_kernel(toy_book):
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_command_leaves_no_process_behind(toy_book, sign):
     mark = hang(toy_book)
-    command = subprocess.Popen([sys.executable, "-m", "effnb.lab.cli", "run", "slow"], stdout=subprocess.DEVNULL)
+    # A background job of a shell starts with SIGINT ignored, and so would its children.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    arguments = [sys.executable, "-m", "effnb.lab.cli", "run", "slow"]
+    command = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, preexec_fn=heed)
     assert wait_for(lambda: mark.exists() and mark.read_text(), 60)
     command.send_signal(sign)
     assert command.wait(30) != 0
