@@ -210,11 +210,21 @@ def test_only_the_embedded_files_lie_in_the_repository():
     tracked = subprocess.run(["git", "ls-files", "data"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     if not tracked:
         pytest.skip("not a git checkout")
-    known = {".gitattributes", ".gitignore", "README.md"}
+    known = {".gitattributes", ".gitignore", "README.md", "snippets.LICENSE"}
     found = {Path(t).name for t in tracked if not t.endswith(".py")} - known
-    assert found == {"fashion-mnist-10k.npz", "python-topics.txt", "nano-bench.csv", "nano-width.csv"}
+    embedded = {file for name in files.EMBEDDED for file in data.ENTRIES[name].files}
+    assert found == embedded and len(found) == 5
     readme = (ROOT / "data/README.md").read_text()
     assert all(files.SHA256[name] in readme for name in found)
+
+
+def test_rated_snippets_hold_both_sets_and_plausible_ratings():
+    table = data.load("rated-snippets").table
+    assert table["set"].value_counts().to_dict() == {"movie": 10_605, "editorial": 5_190}
+    assert table.rating.between(-4, 4).all() and (table.text.str.strip() == table.text).all() and table.text.all()
+    movie = table[table["set"] == "movie"]
+    words = movie.text.str.contains(r"\b(?:wonderful|delightful)\b"), movie.text.str.contains(r"\b(?:dull|boring)\b")
+    assert movie.rating[words[0]].mean() > 1 > -1 > movie.rating[words[1]].mean()
 
 
 def test_nano_bench_holds_the_sampled_cells_and_spreads():

@@ -12,9 +12,12 @@ from typing import NamedTuple
 from . import files, graphs, images, nas, text
 from .fetching import fetch
 from .files import DataError
-from .kinds import Dataset, Graph, NasTable, Source, Text
+from .kinds import Dataset, Graph, NasTable, RatedSnippets, Source, Text
 
-__all__ = ["NAMES", "DataError", "Dataset", "Graph", "NasTable", "Source", "Text", "available", "fetch", "load"]
+__all__ = [
+    "NAMES", "DataError", "Dataset", "Graph", "NasTable", "RatedSnippets", "Source", "Text", "available", "fetch",
+    "load",
+]  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -29,6 +32,7 @@ ENTRIES = {
     "photos": Entry(images.photos),
     "fashion-mnist-10k": Entry(images.fashion_mnist_10k, ("fashion-mnist-10k.npz",)),
     "python-topics": Entry(text.python_topics, ("python-topics.txt",)),
+    "rated-snippets": Entry(text.rated_snippets, ("snippets.tsv.xz",)),
     "fashion-mnist": Entry(images.fashion_mnist, files.FASHION),
     "cifar10": Entry(images.cifar10, ("cifar10/cifar10_subset.npz",)),
     **{name: Entry(partial(nas.nano_bench, name), (f"{name}.csv",)) for name in ("nano-bench", "nano-width")},
@@ -59,7 +63,7 @@ def load(name: str, **options: object) -> Source:
         options: ``split="public" | "full"`` for the graphs; ``n_test`` and ``seed`` for ``mr`` and ``subj``.
 
     Returns:
-        `Dataset` for images and sentences, `Text`, `Graph` or `NasTable`.
+        `Dataset` for images and sentences, `Text`, `RatedSnippets`, `Graph` or `NasTable`.
 
     Raises:
         ValueError: for an unknown name or a bad option.

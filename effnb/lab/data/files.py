@@ -1,8 +1,10 @@
 """Where the data files lie, what their bytes must be, and how they are read: verified first, parsed after."""
 
 import hashlib
+import lzma
 import os
 import zlib
+from collections.abc import Callable
 from gzip import GzipFile
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +15,13 @@ FASHION = tuple(
     (("train-images", 3), ("train-labels", 1), ("t10k-images", 3), ("t10k-labels", 1))
 )  # fmt: skip
 SYSTEM = Path("/usr/share/datasets")
+EMBEDDED = ("fashion-mnist-10k", "python-topics", "rated-snippets", "nano-bench", "nano-width")
 
-# SHA-256 of every file that a loader reads. For `.gz` it is that of the unpacked bytes: distributions pack them anew.
+# SHA-256 of every file that a loader reads. For `.gz` and `.xz` it is that of the unpacked bytes: packers differ.
 SHA256 = {
     "fashion-mnist-10k.npz": "9f67113747583aee9b3565fecb61ede7a5787c97a8ef3dcce5666d32665c1746",
     "python-topics.txt": "f14954626294e3eb98c164a9177e249c33abaed6abdd85c14a93150d4588a0ff",
+    "snippets.tsv.xz": "0beb7e7f090fcd1221d076fb1fe551cfbdf03041437593ff37155e805ba23891",
     "nano-bench.csv": "340264a4db345e368eb09180f2251b6521824e69a40b50189a34eb98e3a246f6",
     "nano-width.csv": "38aeba0a2789dbc13cf440530fd4c466ab4f30325d7c85e00bf9c34502551878",
     FASHION[0]: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -74,7 +78,7 @@ def joint_digest(relatives: tuple[str, ...]) -> str:
 
 def remedy(name: str) -> str:
     """Return the sentence that tells how to get the files of a data set."""
-    if name in ("fashion-mnist-10k", "python-topics", "nano-bench", "nano-width"):
+    if name in EMBEDDED:
         restore = "restore it by `git checkout -- data/`" if (CHECKOUT / ".git").exists() else "clone the repository"
         return f"It is part of the repository: {restore}, or set EFFNB_DATA to the folder that holds it."
     if name in ("digits", "photos"):
@@ -109,15 +113,23 @@ def find(relative: str) -> Path | None:
     return next((root / relative for root in roots() if (root / relative).is_file()), None)
 
 
+def gunzip(raw: bytes) -> bytes:
+    """Return the content of a gzip file."""
+    return GzipFile(fileobj=BytesIO(raw)).read()
+
+
+UNPACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gunzip, ".xz": lzma.decompress}
+
+
 def unpack(path: Path, raw: bytes, advice: str) -> bytes:
-    """Return the content of a gzip file.
+    """Return the content of a ``.gz`` or ``.xz`` file.
 
     Raises:
-        DataError: if it is cut short or no gzip file.
+        DataError: if it is cut short or not packed that way.
     """
     try:
-        return GzipFile(fileobj=BytesIO(raw)).read()
-    except (EOFError, OSError, zlib.error) as error:
+        return UNPACKERS[path.suffix](raw)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path}: cut short or corrupt ({error}). {advice}") from error
 
 
@@ -137,7 +149,7 @@ def verify(path: Path | str, raw: bytes, expected: str, advice: str) -> bytes:
 
 
 def read(relative: str, name: str) -> bytes:
-    """Return the verified bytes of one file (of a ``.gz`` file: its content).
+    """Return the verified bytes of one file (of a packed one: its content).
 
     Args:
         relative: the file's key in `SHA256`.
@@ -154,6 +166,6 @@ def read(relative: str, name: str) -> bytes:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}). {remedy(name)}") from error
-    if path.suffix == ".gz":
+    if path.suffix in UNPACKERS:
         raw = unpack(path, raw, remedy(name))
     return verify(path, raw, SHA256[relative], remedy(name))

@@ -93,6 +93,17 @@ class Text(Source):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class RatedSnippets(Source):
+    """Sentences that people rated: ``table`` has ``set``, ``rating`` (mean, in [-4, 4]) and ``text``, a row each."""
+
+    table: pd.DataFrame
+
+    def size(self) -> str:
+        """Return the number of sentences of each set."""
+        return ", ".join(f"{count:,} {name}" for name, count in self.table["set"].value_counts(sort=False).items())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Graph(Source):
     """One undirected graph with labelled nodes.
 

@@ -1,9 +1,10 @@
-"""Texts: the embedded English prose and the four sentence classification sets."""
+"""Texts: the embedded English prose and rated snippets, and the four sentence classification sets."""
 
+import pandas as pd
 import torch
 
 from . import files
-from .kinds import Dataset, Text, rows, stratified
+from .kinds import Dataset, RatedSnippets, Text, rows, stratified
 
 CLASSES = {
     "trec": ("DESC", "ENTY", "ABBR", "HUM", "LOC", "NUM"),
@@ -24,6 +25,17 @@ def python_topics() -> Text:
     relative = "python-topics.txt"
     text = files.read(relative, "python-topics").decode("ascii")
     return Text("python-topics", f"embedded: data/{relative}", files.SHA256[relative], "PSF-2.0", text)
+
+
+def rated_snippets() -> RatedSnippets:
+    """Return 10,605 sentences of film reviews and 5,190 of editorials with the mean of about 20 human ratings."""
+    relative = "snippets.tsv.xz"
+    lines = files.read(relative, "rated-snippets").decode("utf-8").removesuffix("\n").split("\n")
+    table = pd.DataFrame([line.split("\t", 2) for line in lines], columns=["set", "rating", "text"])
+    return RatedSnippets(
+        "rated-snippets", f"Hutto and Gilbert 2014, embedded: data/{relative}", files.SHA256[relative], "MIT",
+        table.astype({"rating": float}),
+    )  # fmt: skip
 
 
 def sentences(relative: str, name: str) -> tuple[list[str], torch.Tensor]:
