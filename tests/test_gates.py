@@ -3,13 +3,15 @@
 import copy
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import yaml
 from toy import CLAIMS, make_toy_book, toy_notebook
 from typer.testing import CliRunner
 
-from effnb.lab import claims, runner
+from effnb.lab import claims, key, runner
 from effnb.lab.claims.results import result_path
 from effnb.lab.cli import app
 from effnb.lab.paths import digest
@@ -95,6 +97,23 @@ def test_a_stale_chapter_is_red(published):
     path.write_text(path.read_text().replace("0.05 * seed", "0.04 * seed"))
     done = effnb("stale")
     assert done.exit_code == 1 and "notebook" in done.output
+
+
+def test_prose_makes_nothing_stale_but_a_script_in_data_does(published, monkeypatch):
+    path = published / "notebooks" / "01_toy.ipynb"
+    path.write_text(path.read_text().replace("# Toy", "# A toy"))
+    assert runner.stale() == {}
+    script = published / "data" / "toy_script.py"
+    script.parent.mkdir()
+    script.write_text("VALUE = 1\n")
+    module = types.ModuleType("toy_script")
+    module.__file__ = str(script)
+    monkeypatch.setitem(sys.modules, "toy_script", module)
+    assert "data/toy_script.py" in key.loaded_modules()
+    before = key.module_hash("data/toy_script.py")
+    script.write_text("VALUE = 2\n")
+    assert key.module_hash("data/toy_script.py") != before
+    assert key.module_hash("data/no_script.py") is None
 
 
 def test_a_changed_lock_or_module_makes_a_chapter_stale(published, monkeypatch):

@@ -24,7 +24,7 @@ def chapters() -> dict[str, Path]:
 
 
 def notebook_hash(path: Path) -> str:
-    """Digest of the cells' types and sources; outputs and metadata do not count.
+    """Digest of the code cells; prose, outputs and metadata do not count.
 
     Args:
         path: a notebook.
@@ -32,8 +32,7 @@ def notebook_hash(path: Path) -> str:
     Raises:
         FileNotFoundError: no such file.
     """
-    cells = nbformat.read(path, as_version=4).cells
-    return digest([[cell.cell_type, cell.source] for cell in cells])
+    return digest([cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"])
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
@@ -46,32 +45,40 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
     return tree
 
 
+def _source(name: str) -> Path | None:
+    if name.endswith(".py"):
+        return path if (path := root() / name).is_file() else None
+    try:
+        spec = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        return None
+    return Path(spec.origin) if spec and spec.origin else None
+
+
 def module_hash(name: str) -> str | None:
     """Digest of a module's code without comments and docstrings; ``None`` if there is no such module.
 
     Args:
-        name: dotted name, ``effnb.optim.avagrad``.
+        name: dotted name, ``effnb.optim.avagrad``, or the path of a script in the checkout, ``data/score_nas.py``.
 
     >>> module_hash("effnb.no_such_module") is None
     True
     """
-    try:
-        spec = importlib.util.find_spec(name)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None:
+    path = _source(name)
+    if path is None:
         return None
-    tree = _without_docstrings(ast.parse(Path(spec.origin).read_text()))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return hashlib.sha256(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode()).hexdigest()
 
 
 def loaded_modules() -> list[str]:
-    """Names of the ``effnb`` modules that this process has loaded.
+    """Names of the ``effnb`` modules that this process has loaded, and paths of the scripts in ``data/``.
 
     >>> "effnb.lab.key" in loaded_modules()
     True
     """
-    return sorted(name for name in sys.modules if name.split(".")[0] == "effnb" and sys.modules[name].__spec__)
+    ours = {name for name, module in sys.modules.items() if name.split(".")[0] == "effnb" and module.__spec__}
+    files = (Path(file) for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None)))
+    return sorted(ours | {f"data/{file.name}" for file in files if file.parent == root() / "data"})
 
 
 def staleness_key(system: str, modules: Iterable[str], parameters: dict | None = None) -> dict:

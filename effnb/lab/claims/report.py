@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from effnb.lab.claims.registry import ClaimSet, load
 from effnb.lab.claims.results import load_result
+from effnb.lab.claims.verdict import UNIT_NAMES
 
 #: Words and a sign for each verdict; the sign keeps the meaning where colour is lost.
 WORDS = {
@@ -66,8 +67,8 @@ def format_measured(measured: Mapping | None) -> str:
         return text[1:] if text.lstrip("-0.") == "" and text.startswith("-") else text
 
     interval = f" [{show(ci[0])}, {show(ci[1])}]" if ci else ""
-    unit = f" {measured['unit']}" if measured.get("unit") else ""
-    return f"{show(value)}{interval}{unit} (n = {len(measured['per_seed'])})"
+    unit = UNIT_NAMES.get(measured.get("unit"), measured.get("unit"))
+    return f"{show(value)}{interval}{f' {unit}' if unit else ''} (n = {len(measured['per_seed'])})"
 
 
 def badge(verdict: str | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from effnb.lab import stats
 
+UNIT_NAMES = {"points": "pt"}  # one spelling in tables, whatever a claims file registered
 OPS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 INTERVALS = ("paired-t", "paired-t-log", "order-statistic", "none")
 #: From the best to the worst; a run whose verdict moves to the right has got worse.
@@ -84,7 +85,7 @@ class Criterion:
             bound = f"within {self.margin:g} of {self.threshold:g}"
         against = f" minus {self.against}" if self.against and self.interval != "paired-t-log" else ""
         against = f" over {self.against}" if self.against and self.interval == "paired-t-log" else against
-        return f"{self.metric}{against} {bound} {self.unit}".strip()
+        return f"{self.metric}{against} {bound} {UNIT_NAMES.get(self.unit, self.unit)}".strip()
 
 
 @dataclass(frozen=True)
