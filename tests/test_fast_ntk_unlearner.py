@@ -7,6 +7,7 @@ import fast_ntk_oracles as oracle
 import pytest
 import torch
 
+from effnb.models import SmallCNN
 from effnb.unlearn import NTKUnlearner, ntk_delta, peft_parameters, retain_forget_split
 from effnb.unlearn.fast_ntk.steps import trapezium
 from effnb.unlearn.fast_ntk.sums import Sums
@@ -182,6 +183,23 @@ def test_two_requests_one_after_the_other_are_the_joint_one(form, at, loss, n):
     torch.testing.assert_close(oracle.vector(last, names), oracle.vector(joint, names), rtol=1e-8, atol=1e-9)
     again = steps.forget((forget[0][:0], forget[1][:0]))
     torch.testing.assert_close(oracle.vector(again, names), oracle.vector(joint, names), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("which", ["bn+head", "all"])
+@pytest.mark.parametrize("lam", [LAM, 1e-3])
+def test_one_sample_of_a_float32_network(which, lam):
+    """A batch of one is rounded otherwise than the same sample in a large batch: too little to refuse the request."""
+    model = SmallCNN(1, 10, (8, 16, 32, 32), generator=torch.Generator().manual_seed(0)).eval()
+    x, y = torch.rand(10, 1, 14, 14, generator=torch.Generator().manual_seed(1)), torch.arange(10)
+    options = {"weight_decay": lam, "init_state": model}
+    fitted = NTKUnlearner(model, which, **options).fit((x, y))
+    for i in (0, 7):
+        found = fitted.delta((x[i : i + 1], y[i : i + 1]))
+        rest = torch.arange(10) != i
+        wanted = NTKUnlearner(model, which, **options).delta((x[i : i + 1], y[i : i + 1]), (x[rest], y[rest]))
+        assert torch.linalg.vector_norm(found - wanted) < 1e-3 * torch.linalg.vector_norm(wanted)  # float32 Jacobians
+    with pytest.raises(ValueError, match="samples that fit has seen"):
+        fitted.delta((1 - x[:1], y[:1]))
 
 
 def test_without_commit_a_request_leaves_no_trace():

@@ -27,14 +27,18 @@ def ridge_solve(matrix: Tensor, rhs: Tensor, ridge: float) -> Tensor:
     return found.view_as(rhs)
 
 
-def check_semidefinite(matrix: Tensor, ridge: float) -> None:
+def check_semidefinite(matrix: Tensor, ridge: float, eps: float = 0.0) -> None:
     """Raise unless the smallest eigenvalue of ``matrix + ridge * I`` is at least ``ridge * (1 - 1e-8)``.
 
     A Cholesky factorisation of the matrix shifted by ``1e-8 * ridge`` decides it, at a fraction of the cost of the
-    eigenvalues; ``P * eps * |matrix|`` allows for the rounding of the sums themselves.
+    eigenvalues; ``P * eps64 * |matrix|`` allows for the rounding of the sums themselves. ``eps`` is that of the
+    Jacobians: a float32 network rounds differently in batches of another size, so that the difference of the sums
+    may have an eigenvalue of ``-eps * |matrix|``. That is let pass where it changes the ridge by at most 1 %.
     """
-    rounding = len(matrix) * torch.finfo(matrix.dtype).eps * float(torch.linalg.matrix_norm(matrix))
+    size = float(torch.linalg.matrix_norm(matrix))
+    rounding = len(matrix) * torch.finfo(matrix.dtype).eps * size
     shifted = matrix.clone()
-    shifted.diagonal().add_(1e-8 * ridge + max(rounding, torch.finfo(matrix.dtype).tiny))
+    allowed = max(rounding, torch.finfo(matrix.dtype).tiny, min(eps * size, 0.01 * ridge))
+    shifted.diagonal().add_(1e-8 * ridge + allowed)
     if torch.linalg.cholesky_ex(shifted)[1].any():
         raise NotPositive("the retained sums have a negative eigenvalue")

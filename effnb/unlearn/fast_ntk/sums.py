@@ -25,6 +25,7 @@ class Sums:
         self.gram: Tensor | None = None
         self.grad = torch.zeros(size, dtype=dtype, device=device)
         self.count = 0
+        self.eps = 0.0  # of the coarsest Jacobians that were added
 
     @property
     def size(self) -> int:
@@ -61,6 +62,7 @@ class Sums:
         """The sums of the samples that are not in ``other``; neither operand changes."""
         left = Sums(self.size, self.grad.dtype, self.grad.device)
         left.grad, left.count = self.grad - other.grad, self.count - other.count
+        left.eps = max(self.eps, other.eps)
         if self.is_dual and other.is_dual:
             left.rows, left.signs = torch.cat([self.rows, other.rows]), torch.cat([self.signs, -other.signs])
         elif other.is_dual:
@@ -73,6 +75,7 @@ class Sums:
         """The sums of both sets of samples; neither operand changes."""
         both = Sums(self.size, self.grad.dtype, self.grad.device)
         both.grad, both.count = self.grad + other.grad, self.count + other.count
+        both.eps = max(self.eps, other.eps)
         if self.is_dual and other.is_dual:
             both.rows, both.signs = torch.cat([self.rows, other.rows]), torch.cat([self.signs, other.signs])
         else:
@@ -87,7 +90,7 @@ class Sums:
         """
         if not self.is_dual:
             if check:
-                check_semidefinite(self.gram, ridge)
+                check_semidefinite(self.gram, ridge, self.eps)
             return ridge_solve(self.gram, rhs, ridge)
         if ridge > 0 and bool((self.signs > 0).all()):
             inner = ridge_solve(self.rows @ self.rows.T, self.rows @ rhs, ridge)
@@ -99,14 +102,14 @@ class Sums:
         basis, corner = torch.linalg.qr(self.rows.T)
         matrix = (corner * self.signs) @ corner.T
         if check:
-            check_semidefinite(matrix, ridge)
+            check_semidefinite(matrix, ridge, self.eps)
         inside = basis.T @ rhs
         found = basis @ ridge_solve(matrix, inside, ridge)
         return found if ridge == 0 else found + (rhs - basis @ inside) / ridge
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only."""
-        return {name: getattr(self, name) for name in ("rows", "signs", "gram", "grad", "count")}
+        return {name: getattr(self, name) for name in ("rows", "signs", "gram", "grad", "count", "eps")}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Sums":
@@ -128,6 +131,7 @@ def accumulate(
                 labels = y[start : start + len(out)].to(out.device)
                 check_labels(labels, out.shape[1], name)
                 start += len(out)
+                sums.eps = max(sums.eps, torch.finfo(jac.dtype).eps)
                 out, jac = out.to(sums.grad), jac.to(sums.grad)
                 grad = jac.flatten(0, 1).T @ residual(out, labels, loss, centred).flatten()
                 sums.add(curvature_rows(jac, out, loss, hessian).flatten(0, 1), grad, len(out))
