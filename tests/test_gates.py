@@ -12,6 +12,7 @@ from toy import CLAIMS, make_toy_book, toy_notebook
 from typer.testing import CliRunner
 
 from effnb.lab import claims, key, runner
+from effnb.lab.claims.registry import Claim
 from effnb.lab.claims.results import result_path
 from effnb.lab.cli import app
 from effnb.lab.paths import digest
@@ -65,12 +66,15 @@ def test_a_broken_notebook_is_red_and_the_others_still_run(published):
     assert (published / "_build" / "executed" / "01_toy.ipynb").exists()
 
 
-def test_a_false_claim_is_red(published):
+def test_a_false_claim_is_red_unless_times_decide_it(published, monkeypatch):
     """The notebook now measures the opposite: `make book` compares with the committed verdict."""
     (published / "notebooks" / "01_toy.ipynb").write_text(toy_notebook({"gain: float = 1.0": "gain: float = -1.0"}))
     assert effnb("run", "toy").exit_code == 0
     built = published / "_build" / "results"
     assert claims.compare(built) == ["toy/T1: not-reproduced-at-this-scale, was reproduced"]
+    assert claims.compare(built, timed=True) == []
+    monkeypatch.setattr(Claim, "timed", property(lambda claim: claim.id == "toy/T1"))
+    assert claims.compare(built) == [] and len(claims.compare(built, timed=True)) == 1
 
 
 def test_a_claimed_verdict_that_the_values_do_not_give_is_red(published):

@@ -35,6 +35,11 @@ class Claim:
         return digest({key: self.raw.get(key) for key in ("id", "statement", "kind", "criterion", "conditions")})
 
     @property
+    def timed(self) -> bool:
+        """Whether a ratio of times decides, which other work on the machine can move."""
+        return self.kind == "cost" and self.criterion.interval == "order-statistic"
+
+    @property
     def short(self) -> str:
         """The id without its system, ``A1``."""
         return self.id.split("/")[1]
