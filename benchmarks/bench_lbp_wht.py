@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from effnb.finetune import WalshLowRankLinear, apply_walsh_backprop, walsh_bases
 from effnb.lab.cost import saved_activation_bytes
-from effnb.lab.timing import paired_ratio
+from effnb.lab.timing import one_thread, paired_ratio, roofline_probe
 from effnb.models import ViT
 
 # (batch, side of the grid, in, out), the k of L1-k, and what the speed over exact back-propagation should be:
@@ -75,6 +75,16 @@ def row(name: str, peer: str, ratio, target: float | None, detail: str) -> dict:
     return ours | {"better": "higher", "unit": "x", "detail": detail}
 
 
+def roofline(shape: tuple[int, int, int, int], m: int, machine: dict[str, float]) -> float:
+    """The largest ratio that operations and traffic allow: both read the output's gradient and write the input's."""
+    batch, side, c_in, c_out = shape
+    rows, tokens = math.ceil(side / 8) ** 2 * m, side**2
+    traffic = 4e-9 * (batch * tokens * (c_in + c_out) + 2 * c_in * c_out) / machine["gb_s"]
+    exact = 4e-9 * batch * tokens * c_in * c_out / machine["gflops"]
+    ours = 1e-9 * batch * rows * (4 * c_in * c_out + 2 * tokens * (c_in + c_out)) / machine["gflops"]
+    return (exact + traffic) / (ours + traffic)
+
+
 def speed_rows(shape: tuple[int, int, int, int], targets: dict[int, float | None], quick: bool) -> list[dict]:
     """Backward pass with bias: ours against exact and against masked tiles, for each k."""
     batch, side, c_in, c_out = shape
@@ -82,12 +92,18 @@ def speed_rows(shape: tuple[int, int, int, int], targets: dict[int, float | None
     exact = backward(layer(x), x, layer, grad)
     label = f"{side}x{side} tokens, {c_in} to {c_out}, batch {batch}"
     options = {"pairs": 7, "min_block": 0.01 if quick else 0.1}
+    with one_thread():
+        machine = roofline_probe(size=256, megabytes=16) if quick else roofline_probe()
     rows = []
     for k, target in targets.items():
         ours = backward(WalshLowRankLinear.from_linear(layer, k=k)(x), x, layer, grad)
         bases = walsh_bases(8, "l1", k)
         limit = side**2 / (math.ceil(side / 8) ** 2 * len(bases))
-        name, detail = f"backward, L1-{k}, {label}", f"float32, products alone would allow {limit:.1f}x"
+        name = f"backward, L1-{k}, {label}"
+        detail = (
+            f"float32; {limit:.1f}x by the products alone, {roofline(shape, len(bases), machine):.1f}x with transforms "
+            f"and traffic at {machine['gflops']:.0f} GFLOP/s and {machine['gb_s']:.0f} GB/s"
+        )
         ratio = paired_ratio(exact, ours, **options)
         rows.append(row(name + ", exact", "exact back-propagation", ratio, target, detail))
         if len(bases) > 10:
