@@ -136,7 +136,7 @@ class NasTable(Source):
     ``table`` always has ``edges`` (text of six digits, operations of the edges 0>1, 0>2, 1>2, 0>3, 1>3, 2>3 as indices
     into ``operations``), ``params`` and ``macs``. NAS-Bench-201, indexed by the benchmark's architecture number, adds
     ``iso_class``, ``cifar10_test``, ``cifar100_test``, ``imagenet16_120_test`` (percent) and ``latency_<device>`` (ms,
-    NaN where missing). nano-bench adds ``width1``, ``width2``, ``depth``, ``connected``, ``train_seconds``,
+    NaN where missing). nano-bench adds ``width1``, ``width2``, ``depth``, ``epochs``, ``connected``, ``train_seconds``,
     ``acc_seed0`` .. ``acc_seed2``, ``acc_mean`` (percent) and ``loss_mean``.
     """
 
