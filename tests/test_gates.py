@@ -72,9 +72,24 @@ def test_a_false_claim_is_red_unless_times_decide_it(published, monkeypatch):
     assert effnb("run", "toy").exit_code == 0
     built = published / "_build" / "results"
     assert claims.compare(built) == ["toy/T1: not-reproduced-at-this-scale, was reproduced"]
-    assert claims.compare(built, timed=True) == []
+    assert claims.compare(built, excused=True) == []
     monkeypatch.setattr(Claim, "timed", property(lambda claim: claim.id == "toy/T1"))
-    assert claims.compare(built) == [] and len(claims.compare(built, timed=True)) == 1
+    assert claims.compare(built) == [] and len(claims.compare(built, excused=True)) == 1
+
+
+def test_a_worse_verdict_within_the_old_intervals_is_told_but_not_red(published):
+    built = published / "_build" / "results"
+    path = result_path("toy", "book", built)
+
+    def worsen(record, shift, of="measured"):
+        entry = record["claims"]["toy/T1"]
+        entry["verdict"] = "partially"
+        (entry if of == "measured" else entry["conditions"][0])["measured"]["estimate"] += shift
+
+    reseal(path, lambda record: worsen(record, 0.01))
+    assert claims.compare(built) == [] and len(claims.compare(built, excused=True)) == 1
+    reseal(path, lambda record: worsen(record, 5.0, "condition"))
+    assert len(claims.compare(built)) == 1 and claims.compare(built, excused=True) == []
 
 
 def test_a_claimed_verdict_that_the_values_do_not_give_is_red(published):

@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from effnb.lab.claims.registry import Claim, load, load_all, parse, validate
@@ -157,16 +158,27 @@ def joined(results: Path | None = None, profile: str = "book") -> list[dict]:
     return rows
 
 
-def compare(new: Path, old: Path | None = None, profile: str = "book", timed: bool = False) -> list[str]:
+def _within(new: Mapping, old: Mapping) -> bool:
+    """Whether all figures of a claim still lie within the intervals of its older result."""
+    pairs = [(new["measured"], old["measured"])]
+    pairs += [(a["measured"], b["measured"]) for a, b in zip(new["conditions"], old["conditions"], strict=True)]
+    return all(a and b and b["ci"] and b["ci"][0] <= a["estimate"] <= b["ci"][1] for a, b in pairs)
+
+
+def compare(new: Path, old: Path | None = None, profile: str = "book", excused: bool = False) -> list[str]:
     """Claims whose verdict in ``new`` is worse than in ``old`` (default: the committed results), one line each.
 
-    ``timed`` chooses between the claims that a ratio of times decides and all others: a busy machine can turn a verdict
-    about time, so such a change is told, but is no failure.
+    ``excused`` chooses those that are told but are no failure: a ratio of times decides them, which a busy machine can
+    turn, or all their figures still lie within the old intervals, so that next to a threshold rounding decided.
     """
-    rows = [r for r in joined(old, profile) if r["entry"] and r["claim"].timed == timed]
-    before = {r["claim"].id: r["entry"]["verdict"] for r in rows}
-    after = {r["claim"].id: r["entry"]["verdict"] for r in joined(new, profile) if r["entry"]}
-    return [f"{i}: {after[i]}, was {before[i]}" for i in before if i in after and is_worse(after[i], before[i])]
+    before = {row["claim"].id: row["entry"] for row in joined(old, profile) if row["entry"]}
+    lines = []
+    for row in joined(new, profile):
+        claim, now, was = row["claim"], row["entry"], before.get(row["claim"].id)
+        worse = now and was and is_worse(now["verdict"], was["verdict"])
+        if worse and (claim.timed or _within(now, was)) == excused:
+            lines.append(f"{claim.id}: {now['verdict']}, was {was['verdict']}")
+    return lines
 
 
 def _show(revision: str, path: str) -> str | None:
