@@ -129,7 +129,7 @@ def test_the_same_results_give_the_same_text_in_any_order(rows):
 def test_machine_copy_is_json_with_every_claim(rows):
     record = json.loads(json.dumps(scoreboard.machine_copy(rows), allow_nan=False))
     assert record["schema"] == "effnb-scoreboard/1" and len(record["claims"]) == record["total"] == 7
-    assert record["claims"][0]["criterion"] == "gain >= 0.5 points"
+    assert record["claims"][0]["criterion"] == "gain ≥ 0.5 pt"
 
 
 def test_readme_has_a_line_a_chapter_and_keeps_what_is_around_the_markers(rows):

@@ -105,14 +105,15 @@ def band(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colo
 class Picture:
     """A finished figure as an ``<img>`` with alternative text, for a notebook's output."""
 
-    def __init__(self, svg: bytes, alt: str) -> None:
-        self.svg, self.alt = svg, alt
+    def __init__(self, svg: bytes, alt: str, wide: bool = False) -> None:
+        self.svg, self.alt, self.wide = svg, alt, wide
 
     def _repr_html_(self) -> str:
         alt = self.alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
         source = base64.b64encode(self.svg).decode()
         style = "max-width:100%;background:#fff"
-        return f'<img class="figure" alt="{alt}" style="{style}" src="data:image/svg+xml;base64,{source}">'
+        kind = "figure wide" if self.wide else "figure"
+        return f'<img class="{kind}" alt="{alt}" style="{style}" src="data:image/svg+xml;base64,{source}">'
 
     def __repr__(self) -> str:
         return f"<figure: {self.alt}>"
@@ -138,4 +139,4 @@ def show(figure: Figure, alt: str) -> Picture:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     plt.close(figure)
-    return Picture(buffer.getvalue(), alt)
+    return Picture(buffer.getvalue(), alt, wide=figure.get_figwidth() > 6)

@@ -4,7 +4,7 @@ import html
 import math
 from collections.abc import Mapping
 
-from effnb.lab.claims.registry import ClaimSet, load
+from effnb.lab.claims.registry import Claim, ClaimSet, load
 from effnb.lab.claims.results import load_result
 from effnb.lab.claims.verdict import UNIT_NAMES
 
@@ -146,8 +146,13 @@ def shortfalls(claims: ClaimSet, entries: Mapping[str, dict]) -> Table:
     missed = [(c, entries[c.id]) for c in claims.claims if c.id in entries and entries[c.id]["verdict"] not in passed]
     if not missed:
         return Table("<p>Every claim of this chapter was reproduced at this scale.</p>")
-    items = "".join(
-        f"<li><b>{c.short}</b> {badge(e['verdict'])}: {html.escape(c.statement)} {html.escape(e['note'])}</li>"
-        for c, e in missed
+    return Table(f"<ul>{''.join(_shortfall(c, e) for c, e in missed)}</ul>")
+
+
+def _shortfall(claim: Claim, entry: Mapping) -> str:
+    measured = (
+        f"Measured {format_measured(entry['measured'])}, asked {claim.criterion.bound()}." if entry["measured"] else ""
     )
-    return Table(f"<ul>{items}</ul>")
+    note = f"{entry['note'].rstrip('.')}." if entry["note"] else ""
+    told = " ".join(filter(None, [f"Claimed: {claim.statement}", measured, note]))
+    return f"<li><b>{claim.short}</b> {badge(entry['verdict'])}. {html.escape(told)}</li>"

@@ -78,14 +78,17 @@ class Criterion:
             return abs(value - self.threshold) <= self.margin
         return bool(OPS[self.op](value, self.threshold))
 
+    def bound(self) -> str:
+        """What is asked of the value, with its unit."""
+        sign = {">=": "≥", "<=": "≤"}.get(self.op, self.op)
+        bound = f"within {self.margin:g} of {self.threshold:g}" if self.op == "within" else f"{sign} {self.threshold:g}"
+        return f"{bound} {UNIT_NAMES.get(self.unit, self.unit)}".strip()
+
     def text(self) -> str:
-        """The criterion in one line, for tables."""
-        bound = f"{self.op} {self.threshold:g}"
-        if self.op == "within":
-            bound = f"within {self.margin:g} of {self.threshold:g}"
-        against = f" minus {self.against}" if self.against and self.interval != "paired-t-log" else ""
-        against = f" over {self.against}" if self.against and self.interval == "paired-t-log" else against
-        return f"{self.metric}{against} {bound} {UNIT_NAMES.get(self.unit, self.unit)}".strip()
+        """The criterion in one line, for tables; what it is against is added unless the metric's name has it."""
+        against = self.against if self.against and self.against not in self.metric else ""
+        word = "over" if self.interval == "paired-t-log" else "minus"
+        return f"{self.metric}{f' {word} {against}' if against else ''} {self.bound()}"
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ def combine(main: Measured, conditions: Mapping[str, Measured]) -> tuple[str, bo
     'partially'
     """
     passed = ("reproduced", "checked-analytically")
-    failed = [f"{name}: {m.reason}" for name, m in conditions.items() if m.verdict not in passed]
+    failed = [f"{name} ({m.estimate:.2g}): {m.reason}" for name, m in conditions.items() if m.verdict not in passed]
     reason = "; ".join(filter(None, [main.reason, *failed]))
     if main.verdict in passed and failed:
         return "partially", False, reason
