@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from effnb.lab.timing import paired_ratio
+from effnb.lab.measure.timing import paired_ratio
 from effnb.optim import AvaGrad
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from effnb.finetune import ChainOfLoRA
-from effnb.lab import timing
+from effnb.lab.measure import timing
 
 WIDTHS, LAYERS, TOKENS, RANK = (384, 128, 64), 6, (32, 24), 2
 LINKS, STEPS = 4, 240  # of the training run that the knots are compared with

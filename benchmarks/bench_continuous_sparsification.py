@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from effnb import compress as cs
-from effnb.lab import cost, timing
+from effnb.lab.measure import cost, timing
 from effnb.models import SmallCNN, mlp
 
 SIZES = [784, 300, 100, 10]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effnb.lab.timing import Ratio, paired_ratio
+from effnb.lab.measure.timing import Ratio, paired_ratio
 from effnb.models import SmallCNN, ViT
 from effnb.unlearn import (
     NTKUnlearner,

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effnb.finetune import WalshLowRankLinear, apply_walsh_backprop, walsh_bases
-from effnb.lab.cost import saved_activation_bytes
-from effnb.lab.timing import one_thread, paired_ratio, roofline_probe
+from effnb.lab.measure.cost import saved_activation_bytes
+from effnb.lab.measure.timing import one_thread, paired_ratio, roofline_probe
 from effnb.models import ViT
 
 # (batch, side of the grid, in, out), the k of L1-k, and what the speed over exact back-propagation should be:

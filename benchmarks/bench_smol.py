@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from effnb import compress as cp
-from effnb.lab import cost, timing
+from effnb.lab.measure import cost, timing
 from effnb.models import SmallCNN, mlp
 
 LEVELS, SHARES = [1, 2, 3, 4, 8], [0.33, 0.3, 0.2, 0.12, 0.05]

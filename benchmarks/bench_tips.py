@@ -21,7 +21,7 @@ from effnb.anytime import (
     topological_scores,
     transition_matrix,
 )
-from effnb.lab.timing import measure, paired_ratio
+from effnb.lab.measure.timing import measure, paired_ratio
 
 
 class LoopSupernet(nn.Module):

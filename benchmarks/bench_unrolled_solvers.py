@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from effnb.lab.timing import Ratio, paired_ratio
+from effnb.lab.measure.timing import Ratio, paired_ratio
 from effnb.solvers import HyperLISTA, SingleSolver, SparseProblem, analytic_weights, fista, nmse_db
 
 FREE, SYMMETRIC = (0.069, 0.01594, 86.97), (0.0722, 0.01452, 117.9)  # tuned at 250 x 500, 10% nonzeros, 16 layers

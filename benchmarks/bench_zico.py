@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effnb.lab import cost
-from effnb.lab.timing import paired_ratio
+from effnb.lab.measure import cost
+from effnb.lab.measure.timing import paired_ratio
 from effnb.models import mlp
 from effnb.nas.nanobench import build_net
 from effnb.nas.nb201 import build_cell_net

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effnb.lab.timing import paired_ratio
+from effnb.lab.measure.timing import paired_ratio
 from effnb.models.small import SmallCNN
 from effnb.nas import nanobench, nb201, score_all
 from effnb.nas.proxies import grasp, knas

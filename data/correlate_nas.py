@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from effnb.lab import data
+from effnb.lab.measure import data
 from effnb.nas import CellSpace, evolve, random_search, rank_correlation, rank_table
 from effnb.nas.nb201 import iso_class
 

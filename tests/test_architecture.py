@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from effnb.lab.claims import load, load_all
-from effnb.lab.key import chapters
+from effnb.lab.run.stale import chapters
 from effnb.lab.paths import root
 
 ROOT = root()

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from effnb.lab import bench
-from effnb.lab.timing import Ratio
+from effnb.lab.run import bench
+from effnb.lab.measure.timing import Ratio
 
 ROW = {"name": "step", "ours": "a", "peer": "b", "ratio": 3.0, "target": 2.0, "better": "higher", "unit": "x"}
 ROW = ROW | {"detail": ""}
@@ -15,7 +15,7 @@ ROW = ROW | {"detail": ""}
 GOOD = """
 import os
 import torch
-from effnb.lab.timing import paired_ratio
+from effnb.lab.measure.timing import paired_ratio
 
 def run(quick=False):
     assert torch.get_num_threads() == 1 and os.environ["OMP_NUM_THREADS"] == "1"

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import CLAIMS
 
-from effnb.lab import claims
+from effnb.lab.judge import claims
 from effnb.lab.claims import Criterion, combine, evaluate, format_measured
-from effnb.lab.claims.registry import parse
-from effnb.lab.claims.results import parse_result, result_path
+from effnb.lab.judge.registry import parse
+from effnb.lab.judge.results import parse_result, result_path
 from effnb.lab.paths import digest
 
 VALUES = st.lists(st.floats(-100, 100).map(lambda v: round(v, 3)), min_size=2, max_size=8)
@@ -196,7 +196,7 @@ def test_a_result_round_trips_and_passes_the_check(toy_book):
     stored = claims.load_result("toy")
     assert stored["claims"]["toy/T1"]["verdict"] == "reproduced"
     assert stored["claims"]["toy/T2"]["verdict"] == "checked-analytically"
-    assert stored["key"]["notebook"] and "effnb.lab.claims.recorder" in stored["key"]["modules"]
+    assert stored["key"]["notebook"] and "effnb.lab.run.recorder" in stored["key"]["modules"]
     assert claims.check() == []
     assert "reproduced" in claims.at_a_glance("toy")._repr_html_()
     assert [row["entry"]["n_seeds"] for row in claims.joined()] == [3, 3]

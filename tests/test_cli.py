@@ -7,8 +7,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from effnb.lab import skeleton
-from effnb.lab.claims.registry import load
+from effnb.lab.run import skeleton
+from effnb.lab.judge.registry import load
 from effnb.lab.cli import app
 from effnb.lab.paths import root
 

@@ -35,7 +35,7 @@ from effnb.compress import (
     ticket_search,
     top_k_masks,
 )
-from effnb.lab import data, train
+from effnb.lab.measure import data, train
 from effnb.models import SmallCNN, mlp
 
 densities = st.floats(0.01, 1.0)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effnb.lab.cost import count_flops, count_params, saved_activation_bytes, stored_bytes
-from effnb.lab.seed import state_hash
+from effnb.lab.measure.cost import count_flops, count_params, saved_activation_bytes, stored_bytes
+from effnb.lab.measure.seed import state_hash
 
 
 class Block(nn.Module):

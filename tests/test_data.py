@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from effnb.lab import data
-from effnb.lab.data import fetching, files, graphs, text
-from effnb.lab.data.kinds import stratified
+from effnb.lab.measure import data
+from effnb.lab.measure.data import fetching, files, graphs, text
+from effnb.lab.measure.data.kinds import stratified
 from effnb.nas import nanobench, nb201
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ import sys
 
 RUN = """
 import torch
-from effnb.lab import data, seed, train
+from effnb.lab.measure import data, seed, train
 from effnb.models import SmallCNN
 from effnb.optim import AvaGrad
 

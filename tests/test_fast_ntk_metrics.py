@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnb.lab.seed import state_hash
+from effnb.lab.measure.seed import state_hash
 from effnb.models import ViT
 from effnb.unlearn import (
     NTKUnlearner,

@@ -11,9 +11,10 @@ import yaml
 from toy import CLAIMS, make_toy_book, toy_notebook
 from typer.testing import CliRunner
 
-from effnb.lab import claims, key, runner
-from effnb.lab.claims.registry import Claim
-from effnb.lab.claims.results import result_path
+from effnb.lab.judge import claims
+from effnb.lab.run import stale as key, chapter as runner
+from effnb.lab.judge.registry import Claim
+from effnb.lab.judge.results import result_path
 from effnb.lab.cli import app
 from effnb.lab.paths import digest
 
@@ -139,8 +140,8 @@ def test_a_changed_lock_or_module_makes_a_chapter_stale(published, monkeypatch):
     (published / "requirements.lock").write_text("numpy==3\n")
     assert runner.stale() == {"toy": ["lock"]}
     assert effnb("stale").exit_code == 1 and effnb("stale", "--ignore", "lock").exit_code == 0
-    monkeypatch.setattr("effnb.lab.key.module_hash", lambda name: "other")
-    assert "effnb.lab.claims.recorder" in runner.stale()["toy"]
+    monkeypatch.setattr("effnb.lab.run.stale.module_hash", lambda name: "other")
+    assert "effnb.lab.run.recorder" in runner.stale()["toy"]
 
 
 def test_a_claim_changed_after_its_result_is_red(published):

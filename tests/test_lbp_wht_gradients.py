@@ -14,7 +14,7 @@ from effnb.finetune import (
     WalshLowRankLinear,
     walsh_bases,
 )
-from effnb.lab import cost
+from effnb.lab.measure import cost
 
 
 def draw(*shape, seed=0, dtype=torch.float32):

@@ -19,7 +19,7 @@ from effnb.finetune import (
     walsh_matrix,
     walsh_positions,
 )
-from effnb.lab import cost
+from effnb.lab.measure import cost
 
 
 def draw(*shape, seed=0, dtype=torch.float32):

@@ -19,7 +19,7 @@ from effnb.finetune import (
     walsh_bases,
     walsh_positions,
 )
-from effnb.lab import cost
+from effnb.lab.measure import cost
 from effnb.models import ViT
 
 

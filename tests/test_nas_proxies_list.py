@@ -18,7 +18,7 @@ from score_items import build, build_and_note
 from torch import nn
 from torch.nn import functional as F
 
-from effnb.lab.fanout import fan_out
+from effnb.lab.run.fanout import fan_out
 from effnb.models.small import mlp
 from effnb.nas import nanobench, score_all
 from effnb.nas.proxies.journal import fingerprint

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnb.lab import data
+from effnb.lab.measure import data
 from effnb.nas import nanobench
 from effnb.nas.nb201 import (
     EDGES,

@@ -9,7 +9,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from effnb.lab import site
+from effnb.lab.publish import site
 from effnb.lab.paths import root
 
 ROOT = root()

@@ -13,9 +13,9 @@ import nbformat
 import pytest
 from toy import toy_notebook
 
-from effnb.lab import key, runner
-from effnb.lab.claims.results import load_result
-from effnb.lab.notebooks import normalize
+from effnb.lab.run import stale as key, chapter as runner
+from effnb.lab.judge.results import load_result
+from effnb.lab.run.notebooks import normalize
 
 
 def test_a_run_reports_progress_and_records_environment(toy_book):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from effnb.lab.seed import seed_everything, state_hash, streams
+from effnb.lab.measure.seed import seed_everything, state_hash, streams
 
 
 @pytest.fixture(autouse=True)

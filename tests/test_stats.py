@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from effnb.lab import stats
-from effnb.lab.stats import Interval
+from effnb.lab.judge import stats
+from effnb.lab.judge.stats import Interval
 
 RNG = np.random.default_rng
 

@@ -21,10 +21,11 @@ import pytest
 from fanout_items import act
 from toy import toy_notebook
 
-from effnb.lab import cluster, runner, stats, sweep_table
-from effnb.lab import sweep as sweeps
-from effnb.lab.fanout import fan_out
-from effnb.lab.store import Store
+from effnb.lab.judge import stats
+from effnb.lab.run import cluster, chapter as runner, sweep_table
+from effnb.lab.run import sweep as sweeps
+from effnb.lab.run.fanout import fan_out
+from effnb.lab.run.store import Store
 
 
 # ---- fan-out ---------------------------------------------------------------------------------------------------------
@@ -45,7 +46,7 @@ def test_the_processes_of_a_killed_fan_out_end_too(tmp_path, sign):
     mark = tmp_path / "pid"
     script = tmp_path / "script.py"
     script.write_text(
-        "from fanout_items import tell_and_sleep\nfrom effnb.lab.fanout import fan_out\n"
+        "from fanout_items import tell_and_sleep\nfrom effnb.lab.run.fanout import fan_out\n"
         f"if __name__ == '__main__':\n    fan_out(tell_and_sleep, [{str(mark)!r}])\n"
     )
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
@@ -177,7 +178,7 @@ def test_finished_cells_are_not_run_again_and_new_ones_are(quick):
 
 
 def test_a_changed_notebook_or_module_makes_cells_run_again(quick, toy_book, monkeypatch):
-    quick.stamp = {"modules": {"effnb.lab.grid": "1"}}
+    quick.stamp = {"modules": {"effnb.lab.run.grid": "1"}}
     monkeypatch.setattr(sweeps, "_module_hash", cache(lambda name: "1"))
     sweeps.sweep("toy", {"gain": [1.0]}, [0])
     sweeps.sweep("toy", {"gain": [1.0]}, [0])

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from effnb.lab import timing
-from effnb.lab.timing import Ratio, geometric_mean, is_noisy, machine_info, measure, one_thread, paired_ratio
+from effnb.lab.measure import timing
+from effnb.lab.measure.timing import Ratio, geometric_mean, is_noisy, machine_info, measure, one_thread, paired_ratio
 
 
 class Clock:

@@ -26,7 +26,7 @@ from effnb.anytime import (
     most_important_path,
     sample_masks,
 )
-from effnb.lab import data
+from effnb.lab.measure import data
 
 G = layered_graph(4, 3, 0.6, min_edges=20, rng=0)
 PATH = next(G.paths())
@@ -157,7 +157,7 @@ def test_initial_weights_come_from_the_stream_of_each_copy():
 
 
 def test_flops_are_counted_two_a_multiply_add():
-    from effnb.lab import cost
+    from effnb.lab.measure import cost
 
     net = DagMLP(layered_graph(4, 3), 64)
     assert sorted(set(net.edge_flops())) == [320, 512, 2048] and net.edge_flops().sum() == 3 * 2048 + 27 * 512 + 3 * 320

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from effnb.lab.seed import state_hash
-from effnb.lab.train import accuracy, fit
+from effnb.lab.measure.seed import state_hash
+from effnb.lab.measure.train import accuracy, fit
 
 
 def generator(seed=0):

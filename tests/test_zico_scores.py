@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from effnb.lab import data
-from effnb.lab.fanout import fan_out, one_thread
+from effnb.lab.measure import data
+from effnb.lab.run.fanout import fan_out, one_thread
 from effnb.lab.paths import root
 from effnb.nas.nb201 import all_cells, iso_class
 

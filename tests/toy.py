@@ -6,7 +6,7 @@ import nbformat
 import pytest
 import yaml
 
-from effnb.lab.paths import write_atomically
+from effnb.common import write_atomically
 
 CLAIMS = {
     "schema": "effnb-claims/1",

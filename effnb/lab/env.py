@@ -6,14 +6,14 @@ import numpy
 import torch
 
 import effnb
-from effnb.lab.data import Source
+from effnb.lab.measure.data import Source
 
 
 def banner(*datasets: Source) -> None:
     """Print versions, threads and the data used: one line, nothing that changes from run to run.
 
     Args:
-        datasets: what :func:`effnb.lab.data.load` returned.
+        datasets: what :func:`effnb.lab.measure.data.load` returned.
 
     >>> banner()
     effnb 0..., Python 3..., torch 2..., numpy 2..., ... thread...; data: generated

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from effnb.lab import site
+from effnb.lab.publish import site
 from effnb.lab.paths import root
 
 pytestmark = pytest.mark.site

@@ -2,7 +2,7 @@
 
 import pytest
 
-from effnb.lab import links
+from effnb.lab.publish import links
 
 pytestmark = pytest.mark.site
 

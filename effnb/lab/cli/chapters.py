@@ -5,10 +5,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from effnb.lab import key, runner
+from effnb.lab.run import stale as key, chapter as runner
 from effnb.lab.cli.common import Chapters, Jobs, Parameter, Profile, app, chosen, console, fail, parameters, scoreboard
 from effnb.lab.paths import results_root, root
-from effnb.lab.progress import run_with_progress
+from effnb.lab.run.progress import run_with_progress
 
 
 def _outcome(records: list[runner.RunRecord]) -> bool:
@@ -28,7 +28,7 @@ def _outcome(records: list[runner.RunRecord]) -> bool:
 @app.command("list")
 def list_chapters() -> None:
     """Show every chapter with its claims, verdicts and the seconds that it takes."""
-    from effnb.lab import claims
+    from effnb.lab.judge import claims
 
     table = Table("no", "chapter", "title", "claims", "reproduced", "seconds")
     for system, path in key.chapters().items():
@@ -55,7 +55,7 @@ def run(
 
     A failing chapter does not stop the others; the command then ends with code 1 and a table.
     """
-    from effnb.lab import site
+    from effnb.lab.publish import site
 
     values = parameters(parameter)
     if update and (profile != "book" or values):
@@ -81,7 +81,8 @@ def book(jobs: Jobs = 2) -> None:
     Ends with code 1 if a chapter fails, a stored verdict does not follow from its values, a verdict is worse than the
     committed one beyond its intervals (times apart), or the site has a warning.
     """
-    from effnb.lab import claims, site
+    from effnb.lab.judge import claims
+    from effnb.lab.publish import site
 
     systems = list(key.chapters())
     runner.clean()
@@ -101,7 +102,7 @@ def book(jobs: Jobs = 2) -> None:
 @app.command()
 def smoke(systems: Chapters = None) -> None:
     """Run chapters at smoke scale through nbval, which compares the outputs that must never change."""
-    from effnb.lab import smoke as smoke_runs
+    from effnb.lab.run import smoke as smoke_runs
 
     raise typer.Exit(smoke_runs.run(chosen(systems)))
 
@@ -129,7 +130,7 @@ def sweep(
 
     Cells that are finished are not run again; one that fails does not lose the others.
     """
-    from effnb.lab import sweep as sweeps
+    from effnb.lab.run import sweep as sweeps
 
     try:
         values, numbers = sweeps.parse_grid(grid), sweeps.parse_seeds(seeds)

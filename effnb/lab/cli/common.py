@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from effnb.lab import key
+from effnb.lab.run import stale as key
 
 app = typer.Typer(
     help="Run, judge and publish the chapters of the effnb reproduction book.",
@@ -55,7 +55,7 @@ def chosen(systems: list[str] | None) -> list[str]:
 
 
 def scoreboard(results: Path) -> None:
-    from effnb.lab import claims
+    from effnb.lab.judge import claims
 
     table = Table("claim", "statement", "ours", "verdict", title="Scoreboard (profile book)")
     for row in claims.joined(results):

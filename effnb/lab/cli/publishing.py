@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from effnb.lab import runner
+from effnb.lab.run import chapter as runner
 from effnb.lab.cli.common import Chapters, app, chosen, console, fail, scoreboard
 from effnb.lab.paths import committed_results, results_root, root
 
@@ -23,8 +23,8 @@ def claims(
     ] = False,
 ) -> None:
     """Judge all claims anew from their stored values; ends with code 1 if anything does not fit."""
-    from effnb.lab import claims as judged
-    from effnb.lab import site as pages
+    from effnb.lab.judge import claims as judged
+    from effnb.lab.publish import site as pages
 
     if diff is not None:
         try:
@@ -66,7 +66,7 @@ def data(
     name: Annotated[str | None, typer.Argument(help="The data set to fetch.")] = None,
 ) -> None:
     """List the data sets that chapters use and where they come from, or fetch one."""
-    from effnb.lab import data as sets
+    from effnb.lab.measure import data as sets
 
     if action == "fetch" and name:
         try:
@@ -85,7 +85,7 @@ def data(
 @app.command()
 def site() -> None:
     """Build the site from the committed outputs into _build/html; any warning is an error."""
-    from effnb.lab import site as pages
+    from effnb.lab.publish import site as pages
 
     raise typer.Exit(pages.build(root() / "notebooks", committed_results()))
 
@@ -98,8 +98,8 @@ def bench(
     ] = False,
 ) -> None:
     """Time the methods against what a user would otherwise pick, into book/results/bench/."""
-    from effnb.lab import bench as benches
-    from effnb.lab import site as pages
+    from effnb.lab.run import bench as benches
+    from effnb.lab.publish import site as pages
 
     records = benches.run_all(chosen(systems) if systems else [], quick=quick)
     if not quick:
@@ -115,7 +115,7 @@ def new(
     title: Annotated[str | None, typer.Option(help="Short title; default from the name.")] = None,
 ) -> None:
     """Make a chapter's notebook, module, test, claims and benchmark files from the skeleton."""
-    from effnb.lab import skeleton
+    from effnb.lab.run import skeleton
 
     try:
         made = skeleton.create(name, part, number, title)

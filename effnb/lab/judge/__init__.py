@@ -1,0 +1,1 @@
+"""Judging: statistics for few runs, the registry of claims, results as stored; knows no notebook and no clock."""
