@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from effnb.lab.claims import load, load_all
-from effnb.lab.run.stale import chapters
 from effnb.lab.paths import root
+from effnb.lab.run.stale import chapters
 
 ROOT = root()
 SOURCES = sorted((ROOT / "effnb").rglob("*.py"))

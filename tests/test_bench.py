@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from effnb.lab.run import bench
 from effnb.lab.measure.timing import Ratio
+from effnb.lab.run import bench
 
 ROW = {"name": "step", "ours": "a", "peer": "b", "ratio": 3.0, "target": 2.0, "better": "higher", "unit": "x"}
 ROW = ROW | {"detail": ""}

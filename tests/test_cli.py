@@ -7,10 +7,10 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from effnb.lab.run import skeleton
-from effnb.lab.judge.registry import load
 from effnb.lab.cli import app
+from effnb.lab.judge.registry import load
 from effnb.lab.paths import root
+from effnb.lab.run import skeleton
 
 COMMANDS = ("list", "run", "book", "smoke", "sweep", "claims", "stale", "data", "site", "bench", "new")
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
 from effnb.lab.measure import data
-from effnb.lab.measure.data import fetching, files, graphs, text
+from effnb.lab.measure.data import files, graphs, sets
 from effnb.lab.measure.data.kinds import stratified
 from effnb.nas import nanobench, nb201
 
@@ -254,18 +254,16 @@ def tiny_idx(shape: tuple[int, ...], seed: int) -> bytes:
 
 @pytest.fixture
 def mirror(bare, monkeypatch):
-    """A stand-in for torchvision's download: four tiny files, whose checksums are the expected ones."""
+    """A stand-in for the download: four tiny files, whose checksums are the expected ones."""
     packed = {files.FASHION[k]: tiny_idx(s, k) for k, s in enumerate([(6, 28, 28), (6,), (3, 28, 28), (3,)])}
     for relative, raw in packed.items():
         monkeypatch.setitem(files.SHA256, relative, files.digest(gzip.decompress(raw)))
 
-    def download(root, download):
-        folder = Path(root) / "FashionMNIST" / "raw"
-        folder.mkdir(parents=True)
-        for relative, raw in packed.items():
-            (folder / Path(relative).name).write_bytes(raw)
+    def retrieve(url, known_hash, fname, path, **_):
+        raw = next(raw for relative, raw in packed.items() if url.endswith(Path(relative).name))
+        (Path(path) / fname).write_bytes(raw)
 
-    monkeypatch.setattr("torchvision.datasets.FashionMNIST", download)
+    monkeypatch.setattr("pooch.retrieve", retrieve)
     return packed
 
 
@@ -285,11 +283,11 @@ def test_fetch_writes_nothing_when_a_download_is_unsound(mirror, bare):
 
 
 def test_fetch_without_a_network_is_a_clear_error(mirror, bare, monkeypatch):
-    def fail(root, download):
-        (Path(root) / "half").write_bytes(b"1")
-        raise RuntimeError("Error downloading")
+    def fail(url, known_hash, fname, path, **_):
+        (Path(path) / fname).write_bytes(b"1")
+        raise OSError("no network")
 
-    monkeypatch.setattr("torchvision.datasets.FashionMNIST", fail)
+    monkeypatch.setattr("pooch.retrieve", fail)
     with pytest.raises(data.DataError, match="could not be downloaded"):
         data.fetch("fashion-mnist")
     assert list(bare.iterdir()) == []
@@ -302,7 +300,7 @@ def test_fetch_tells_what_to_do_by_hand(bare):
 
 
 def test_fetch_needs_a_folder_to_write_to(bare, monkeypatch):
-    monkeypatch.setattr(fetching.os, "access", lambda *_: False)
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
     with pytest.raises(data.DataError, match="no folder to write to"):
         data.fetch("fashion-mnist")
 
@@ -428,4 +426,4 @@ def test_the_nas_table_has_the_published_optima_and_marks_missing_latencies():
 def test_every_loader_reads_only_files_of_the_table():
     read = {relative for entry in data.ENTRIES.values() for relative in entry.files}
     assert read == {key for key in files.SHA256 if not key.startswith("scikit-learn/")}
-    assert set(text.CLASSES) == set(text.CITED)
+    assert set(sets.SENTENCE_CLASSES) == set(sets.CITED)

@@ -11,12 +11,13 @@ import yaml
 from toy import CLAIMS, make_toy_book, toy_notebook
 from typer.testing import CliRunner
 
+from effnb.lab.cli import app
 from effnb.lab.judge import claims
-from effnb.lab.run import stale as key, chapter as runner
 from effnb.lab.judge.registry import Claim
 from effnb.lab.judge.results import result_path
-from effnb.lab.cli import app
 from effnb.lab.paths import digest
+from effnb.lab.run import chapter as runner
+from effnb.lab.run import stale as key
 
 
 def effnb(*arguments):

@@ -13,8 +13,9 @@ import nbformat
 import pytest
 from toy import toy_notebook
 
-from effnb.lab.run import stale as key, chapter as runner
 from effnb.lab.judge.results import load_result
+from effnb.lab.run import chapter as runner
+from effnb.lab.run import stale as key
 from effnb.lab.run.notebooks import normalize
 
 

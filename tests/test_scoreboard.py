@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from effnb.lab.publish import links, markup, pages, performance, pictures, scoreboard, site
 from effnb.lab.claims import Criterion
+from effnb.lab.publish import links, markup, pages, performance, pictures, scoreboard, site
 
 CHAPTERS = {"avagrad": "13_avagrad", "unrolled_solvers": "01_unrolled_solvers"}
 

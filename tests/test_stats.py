@@ -31,7 +31,7 @@ def test_two_differences_give_the_textbook_factor():
     d = np.array([1.0, 4.0])
     interval = stats.paired_t_interval(d)
     half = 12.706204736 * d.std(ddof=1) / math.sqrt(2)
-    assert (interval.estimate, interval.n, interval.method) == (2.5, 2, "paired-t")
+    assert (interval.estimate, interval.n, interval.method) == (2.5, 2, "t")
     assert interval.lo == pytest.approx(2.5 - half, rel=1e-9)
     assert interval.hi == pytest.approx(2.5 + half, rel=1e-9)
 
@@ -52,7 +52,7 @@ def test_log_interval_is_the_exponential_of_the_interval_of_logarithms():
     for field in ("estimate", "lo", "hi"):
         assert getattr(ratio, field) == pytest.approx(math.exp(getattr(difference, field)), rel=1e-12)
     assert ratio.estimate == pytest.approx(scipy_stats.gmean(a / b), rel=1e-12)
-    assert ratio.method == "paired-t-log"
+    assert ratio.method == "t-log"
 
 
 def test_swapping_inverts_ratio_and_negates_difference():
@@ -78,9 +78,9 @@ def test_constant_differences_give_a_point():
 
 @pytest.mark.parametrize("n", [3, 5])
 def test_simulated_coverage_of_the_t_interval(n):
-    draws = RNG(n).normal(1.0, 2.0, size=(10_000, n))
+    draws = RNG(n).normal(1.0, 2.0, size=(2_000, n))
     covered = [i.lo <= 1.0 <= i.hi for i in map(stats.paired_t_interval, draws)]
-    assert 0.94 <= np.mean(covered) <= 0.96
+    assert 0.935 <= np.mean(covered) <= 0.965
 
 
 # --- median ------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_order_statistics_of_the_rule_book(n, lo, hi, attained):
     interval = stats.order_statistic_interval(RNG(0).permutation(np.arange(1.0, n + 1)))
     assert (interval.estimate, interval.lo, interval.hi) == ((n + 1) / 2, lo, hi)
     assert interval.level == pytest.approx(attained, rel=1e-12)
-    assert interval.method == "order-statistic"
+    assert interval.method == "order"
 
 
 @pytest.mark.parametrize("n", range(6, 40))
@@ -107,10 +107,10 @@ def test_no_narrower_symmetric_pair_reaches_the_level(n):
 
 @pytest.mark.parametrize("n", [7, 15])
 def test_simulated_coverage_of_the_order_statistics_on_skewed_data(n):
-    draws = RNG(n).lognormal(size=(10_000, n))
+    draws = RNG(n).lognormal(size=(1_500, n))
     interval = [stats.order_statistic_interval(row) for row in draws]
     covered = np.mean([i.lo <= 1.0 <= i.hi for i in interval])
-    assert covered == pytest.approx(interval[0].level, abs=4 * math.sqrt(0.03 * 0.97 / 10_000))
+    assert covered == pytest.approx(interval[0].level, abs=4 * math.sqrt(0.03 * 0.97 / 1_500))
 
 
 def test_reciprocals_invert_the_median_of_an_odd_count():
@@ -119,103 +119,107 @@ def test_reciprocals_invert_the_median_of_an_odd_count():
     assert (a.estimate, a.lo, a.hi) == pytest.approx((1 / b.estimate, 1 / b.hi, 1 / b.lo), rel=1e-12)
 
 
-# --- bootstrap and aggregates ------------------------------------------------------------------------------------
+# --- items, units, counts ----------------------------------------------------------------------------------------
 
 
-def test_bootstrap_resamples_seeds_within_each_task_only():
-    scores = np.arange(5)[:, None] * 0.0 + np.array([1.0, 10.0, 100.0, 1000.0])
-    interval = stats.stratified_bootstrap(scores, np.mean)
-    assert interval.lo == interval.hi == interval.estimate == 277.75
+def test_items_interval_is_the_formula_and_seeds_alone_are_its_limit():
+    a, b = RNG(0).normal(size=(2, 5))
+    found, alone = stats.items_interval(a, b, d=2.0, m=50), stats.paired_t_interval(a, b)
+    d = a - b
+    half = scipy_stats.t.ppf(0.975, 4) * math.sqrt(d.var(ddof=1) / 5 + 2.0 / 50)
+    assert (found.estimate, found.lo, found.hi) == pytest.approx(
+        (d.mean(), d.mean() - half, d.mean() + half), rel=1e-12
+    )
+    limit = stats.items_interval(a, b, d=0.0, m=50)
+    assert [limit.lo, limit.hi] == pytest.approx([alone.lo, alone.hi], rel=1e-12)
 
 
-def test_bootstrap_standard_error_of_the_mean_is_the_closed_form():
-    scores = RNG(0).normal(size=(10, 3)) * [1, 5, 0.1]
-    interval = stats.stratified_bootstrap(scores, np.mean, reps=50_000, level=0.6826895)
-    error = math.sqrt((scores.var(axis=0) / 10).sum()) / 3
-    assert (interval.hi - interval.lo) / 2 == pytest.approx(error, rel=0.02)
+def test_item_variance_by_hand():
+    ours, theirs = [[1, 0, 1], [1, 1, 0]], [[0, 0, 1], [1, 0, 0]]
+    per_seed, baseline, d, m = stats.item_variance(ours, theirs)
+    assert per_seed == pytest.approx([2 / 3, 2 / 3]) and baseline == pytest.approx([1 / 3, 1 / 3]) and m == 3
+    assert d == pytest.approx(np.var([0.5, 0.5, 0.0], ddof=1))
 
 
-def test_stacked_and_looped_statistics_agree():
-    scores = RNG(1).normal(size=(6, 5))
-    looped = stats.stratified_bootstrap(scores, lambda x: stats.iqm(x), reps=300, generator=generator(1))
-    stacked = stats.stratified_bootstrap(scores, stats.iqm, reps=300, generator=generator(1))
-    assert (looped.lo, looped.hi) == pytest.approx((stacked.lo, stacked.hi), rel=1e-12)
-    other = stats.stratified_bootstrap(scores, stats.iqm, reps=300, generator=generator(2))
-    assert other.lo != stacked.lo
-    assert other.estimate == stacked.estimate == stats.iqm(scores)
+def test_simulated_coverage_over_seeds_and_shared_items():
+    """Another test set and other seeds: the t interval over seeds alone misses far too often."""
+    rng, n, m = RNG(5), 5, 100
+    hits = {"items": 0, "seeds": 0}
+    for _ in range(1000):
+        values = rng.normal(size=(1, m)) + 0.3 * rng.normal(size=(n, 1)) + rng.normal(size=(n, m))
+        means, _, d, _ = stats.item_variance(values)
+        for name, found in (
+            ("items", stats.items_interval(means, None, d, m)),
+            ("seeds", stats.paired_t_interval(means)),
+        ):
+            hits[name] += found.lo <= 0 <= found.hi
+    assert 935 <= hits["items"] <= 990 and hits["seeds"] < hits["items"]
 
 
-def test_bootstrap_of_two_algorithms_and_of_a_profile():
-    a, b = RNG(2).normal([[[0.5]], [[0.0]]], size=(2, 10, 4))
-    better = stats.stratified_bootstrap((a, b), stats.probability_of_improvement, reps=500)
-    assert 0 <= better.lo < better.estimate < better.hi <= 1
-    assert better.estimate == stats.probability_of_improvement(a, b)
-    taus = np.linspace(-1, 1, 5)
-    band = stats.stratified_bootstrap(a, lambda x: stats.performance_profile(x, taus), reps=200)
-    assert band.lo.shape == band.hi.shape == (5,)
-    assert (band.lo <= band.estimate).all() and (band.estimate <= band.hi).all()
+@pytest.mark.parametrize(("k", "n"), [(0, 7), (3, 7), (7, 7), (40, 50)])
+def test_binomial_is_clopper_pearson(k, n):
+    found = stats.binomial_interval(k, n)
+    low = scipy_stats.beta.ppf(0.025, k, n - k + 1) if k else 0.0
+    high = scipy_stats.beta.ppf(0.975, k + 1, n - k) if k < n else 1.0
+    assert (found.estimate, found.lo, found.hi) == pytest.approx((k / n, low, high), abs=1e-9)
 
 
-@pytest.mark.slow
-def test_simulated_coverage_of_the_bootstrap():
-    draws = RNG(4).normal(size=(2000, 20, 5))
-    covered = [i.lo <= 0 <= i.hi for i in (stats.stratified_bootstrap(d, np.mean, reps=400) for d in draws)]
-    assert 0.91 <= np.mean(covered) <= 0.96
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.97])
+def test_coverage_of_the_exact_interval_is_never_below_its_level(p):
+    n = 30
+    inside = [k for k in range(n + 1) if (i := stats.binomial_interval(k, n)).lo <= p <= i.hi]
+    assert scipy_stats.binom.pmf(inside, n, p).sum() >= 0.95
 
 
-@pytest.mark.parametrize("shape", [(4,), (7,), (5, 4), (3, 3, 3)])
-def test_iqm_is_the_trimmed_mean_of_all_runs(shape):
-    scores = RNG(0).normal(size=shape)
-    assert stats.iqm(scores) == pytest.approx(scipy_stats.trim_mean(scores.ravel(), 0.25), rel=1e-12)
+def test_units_interval_of_a_mean_is_the_closed_form():
+    values = RNG(0).normal(size=(1, 200))
+    found = stats.units_interval(values, reps=20_000, level=0.6826895)
+    assert found.estimate == pytest.approx(values.mean())
+    assert (found.hi - found.lo) / 2 == pytest.approx(values.std() / math.sqrt(200), rel=0.03)
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1, (0, 1), (-2, -1), (0, 2)])
-def test_iqm_along_axes(axis):
-    scores = RNG(0).normal(size=(6, 5, 4))
-    axes = np.atleast_1d(axis) % 3
-    kept = [k for k in range(3) if k not in axes]
-    flat = scores.transpose(*kept, *axes).reshape(*(scores.shape[k] for k in kept), -1)
-    expected = np.apply_along_axis(lambda row: scipy_stats.trim_mean(row, 0.25), -1, flat)
-    np.testing.assert_allclose(stats.iqm(scores, axis=axis), expected, rtol=1e-12)
+@pytest.mark.parametrize("statistic", ["spearman", "kendall"])
+def test_unit_statistics_are_scipys(statistic):
+    values, target = RNG(1).integers(0, 9, (3, 40)).astype(float), RNG(2).integers(0, 9, 40).astype(float)
+    reference = {"spearman": scipy_stats.spearmanr, "kendall": scipy_stats.kendalltau}[statistic]
+    expected = np.mean([reference(row, target).statistic for row in values])
+    found = stats.units_interval(values, None, target, statistic, reps=100)
+    assert found.estimate == pytest.approx(expected, rel=1e-12)
+    other = stats.units_interval(values, values[:, ::-1], target, statistic, reps=100)
+    assert other.estimate == pytest.approx(
+        expected - np.mean([reference(r, target).statistic for r in values[:, ::-1]])
+    )
 
 
-@settings(deadline=None)
-@given(vectors(-1e3, 1e3, min_size=1, max_size=30))
-def test_iqm_lies_between_the_quartiles(values):
-    lo, hi = np.quantile(values, 0.25, method="lower"), np.quantile(values, 0.75, method="higher")
-    assert lo - 1e-6 <= stats.iqm(values) <= hi + 1e-6
-    if len(values) < 4:
-        assert stats.iqm(values) == pytest.approx(np.mean(values), rel=1e-12, abs=1e-12)
-    assert stats.iqm([values[0]] * len(values)) == pytest.approx(values[0], rel=1e-12)
+def test_units_interval_is_repeatable_and_swapping_negates():
+    a, b = RNG(3).normal(size=(2, 3, 30))
+    first, again, swapped = stats.units_interval(a, b), stats.units_interval(a, b), stats.units_interval(b, a)
+    assert first == again
+    assert (swapped.estimate, swapped.lo, swapped.hi) == pytest.approx(
+        (-first.estimate, -first.hi, -first.lo), rel=1e-9
+    )
 
 
-@settings(deadline=None)
-@given(vectors(-3, 3, min_size=1, max_size=8), vectors(-3, 3, min_size=1, max_size=8))
-def test_probabilities_of_improvement_add_up_and_are_mann_whitneys(a, b):
-    p = stats.probability_of_improvement(a, b)
-    assert p + stats.probability_of_improvement(b, a) == pytest.approx(1, abs=1e-12)
-    u = sum((x > y) + 0.5 * (x == y) for x, y in itertools.product(a, b))
-    assert p == pytest.approx(u / (len(a) * len(b)), abs=1e-12)
+@pytest.mark.parametrize("seeds", [1, 4])
+def test_simulated_coverage_over_units_and_seeds(seeds):
+    """Units matter most, as architectures do; seeds alone would give far too short an interval."""
+    rng, covered = RNG(7), 0
+    for _ in range(300):
+        values = rng.normal(size=(1, 60)) + 0.05 * rng.normal(size=(seeds, 1)) + 0.5 * rng.normal(size=(seeds, 60))
+        found = stats.units_interval(values, reps=300)
+        covered += found.lo <= 0 <= found.hi
+    assert 0.91 <= covered / 300 <= 0.995
 
 
-def test_improvement_is_averaged_over_tasks_with_unequal_seeds():
-    a, b = np.array([[1.0, 0.0], [3.0, 0.0]]), np.array([[2.0, 0.0]])
-    assert stats.probability_of_improvement(a, b) == 0.5
-    assert stats.probability_of_improvement(a[:, :1], [0.0]) == 1.0
-
-
-def test_gap_and_profile_by_hand():
-    scores = [[0.2, 1.3], [0.9, 1.0]]
-    assert stats.optimality_gap(scores) == pytest.approx(0.9 / 4)
-    assert stats.optimality_gap(scores, target=0.0) == 0
-    assert stats.performance_profile(scores, [0, 0.5, 0.9, 1.2, 2]).tolist() == [1, 0.75, 0.5, 0.25, 0]
-
-
-def test_area_under_the_profile_is_one_minus_the_gap():
-    scores = RNG(0).uniform(0, 1, size=(5, 4))
-    taus = (np.arange(20_000) + 0.5) / 20_000
-    area = stats.performance_profile(scores, taus).mean()
-    assert area == pytest.approx(1 - stats.optimality_gap(scores), abs=1e-4)
+def test_simulated_coverage_of_a_rank_correlation():
+    rng, covered = RNG(8), 0
+    truth = 6 / math.pi * math.asin(0.7 / 2)  # Spearman's of a normal pair with correlation .7
+    for _ in range(200):
+        target = rng.normal(size=80)
+        values = 0.7 * target + math.sqrt(1 - 0.7**2) * rng.normal(size=80)
+        found = stats.units_interval(values[None], None, target, "spearman", reps=300)
+        covered += found.lo <= truth <= found.hi
+    assert 0.90 <= covered / 200 <= 0.99
 
 
 # --- tests of hypotheses -----------------------------------------------------------------------------------------
@@ -257,44 +261,6 @@ def test_ties_and_rounding_do_not_lower_p():
     assert stats.sign_flip_test([0.1, 0.2, 0.3, -0.6]) == 9 / 16
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_equivalence_agrees_with_two_one_sided_tests_of_scipy(seed):
-    a, b = RNG(seed).normal(size=(2, 6))
-    result = stats.tost(a, b, 1.0)
-    upper = scipy_stats.ttest_1samp(a - b, 1.0, alternative="less").pvalue
-    lower = scipy_stats.ttest_1samp(a - b, -1.0, alternative="greater").pvalue
-    assert result.p == pytest.approx(max(upper, lower), rel=1e-9)
-    assert result.equivalent == (result.p < 0.05)
-    assert result.interval == stats.paired_t_interval(a - b, level=0.9)
-
-
-def test_equivalence_at_the_edges():
-    assert stats.tost([1.0, 1.0], None, 1.5).equivalent
-    on_the_margin = stats.tost([1.0, 1.0], None, 1.0)
-    assert (on_the_margin.equivalent, on_the_margin.p) == (False, 1.0)
-    assert not stats.tost([0.0, 3.0, -3.0], None, 1.0).equivalent
-
-
-def test_size_of_the_equivalence_test_is_five_percent_on_the_margin():
-    draws = RNG(0).normal(1.0, 0.3, size=(10_000, 5))
-    assert np.mean([stats.tost(row, None, 1.0).equivalent for row in draws]) == pytest.approx(0.05, abs=0.009)
-
-
-def test_holm_by_hand():
-    np.testing.assert_allclose(stats.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02], rtol=1e-12)
-    assert stats.holm([0.9, 0.8]).tolist() == [1, 1]
-    assert stats.holm([0.2]).tolist() == [0.2]
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
-def test_holm_is_closed_bonferroni(p):
-    m = len(p)
-    families = [f for k in range(1, m + 1) for f in itertools.combinations(range(m), k)]
-    closed = [max(min(1, len(f) * min(p[j] for j in f)) for f in families if i in f) for i in range(m)]
-    np.testing.assert_allclose(stats.holm(p), closed, rtol=1e-12)
-
-
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -312,22 +278,20 @@ def test_holm_is_closed_bonferroni(p):
         (lambda: stats.order_statistic_interval([1.0] * 5), "x must hold more values for a 95% interval"),
         (lambda: stats.order_statistic_interval([]), "x must be finite and not empty"),
         (lambda: stats.order_statistic_interval([1.0] * 9, level=0), "level must be in"),
-        (lambda: stats.stratified_bootstrap(np.ones((3, 5)), np.mean), "scores need 20 entries"),
-        (lambda: stats.stratified_bootstrap(np.ones((5, 5)), np.mean, reps=10), "reps 100"),
-        (lambda: stats.stratified_bootstrap(np.full((5, 5), np.nan), np.mean), "scores must be finite"),
-        (lambda: stats.stratified_bootstrap(np.ones((5, 5)), np.mean, level=2), "level must be in"),
-        (lambda: stats.stratified_bootstrap(np.ones((5, 5, 2)), np.mean), "scores must have shape"),
-        (lambda: stats.iqm([]), "scores must be finite and not empty"),
-        (lambda: stats.probability_of_improvement(np.ones((2, 3)), np.ones((2, 2))), "same number of tasks"),
-        (lambda: stats.optimality_gap([math.nan]), "scores must be finite"),
-        (lambda: stats.performance_profile([1.0], [math.nan]), "thresholds must be finite"),
+        (lambda: stats.items_interval([1, 2], None, -1.0, 5), "d must be finite and >= 0"),
+        (lambda: stats.items_interval([1, 2], None, 1.0, 1), "m >= 2, got 1.0 and 1"),
+        (lambda: stats.item_variance([[1, 0]], [[1, 0, 1]]), "same shape"),
+        (lambda: stats.item_variance([1, 0]), "a must be a matrix"),
+        (lambda: stats.binomial_interval(3, 2), "successes must be from 0 to trials"),
+        (lambda: stats.binomial_interval(0, 0), "successes must be from 0 to trials"),
+        (lambda: stats.units_interval(np.ones((2, 5))), "a must be a matrix .* of n >= 20"),
+        (lambda: stats.units_interval(np.ones((2, 20)), np.ones((3, 20))), "must share their units"),
+        (lambda: stats.units_interval(np.ones((2, 20)), statistic="spearman"), "statistic must be one of"),
+        (lambda: stats.units_interval(np.ones((2, 20)), target=np.ones(20)), "statistic must be one of"),
+        (lambda: stats.units_interval(np.ones((2, 20)), reps=10), "reps be >= 100"),
+        (lambda: stats.units_interval(np.full((2, 20), np.nan)), "a must be finite"),
         (lambda: stats.sign_flip_test(np.ones(25)), "at most 24 values"),
         (lambda: stats.sign_flip_test([1, 2], alternative="more"), "alternative must be"),
-        (lambda: stats.tost([1, 2], None, 0.0), "margin must be positive"),
-        (lambda: stats.tost([1, 2], None, math.nan), "margin must be positive"),
-        (lambda: stats.tost([1, 2], None, 1.0, alpha=0.5), "2 alpha must be in"),
-        (lambda: stats.holm([0.5, 1.5]), "p must be one row of values in"),
-        (lambda: stats.holm([]), "p must be finite and not empty"),
     ],
 )
 def test_refusals_name_argument_rule_and_value(call, text):

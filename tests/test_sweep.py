@@ -22,7 +22,8 @@ from fanout_items import act
 from toy import toy_notebook
 
 from effnb.lab.judge import stats
-from effnb.lab.run import cluster, chapter as runner, sweep_table
+from effnb.lab.run import chapter as runner
+from effnb.lab.run import cluster, sweep_table
 from effnb.lab.run import sweep as sweeps
 from effnb.lab.run.fanout import fan_out
 from effnb.lab.run.store import Store

@@ -2,11 +2,11 @@
 
 import gc
 import math
-import time
 
 import pytest
 import torch
 
+from effnb.lab.judge.stats import order_statistic_interval
 from effnb.lab.measure import timing
 from effnb.lab.measure.timing import Ratio, geometric_mean, is_noisy, machine_info, measure, one_thread, paired_ratio
 
@@ -76,7 +76,7 @@ def test_swapping_inverts_the_ratio_for_odd_counts(clock):
     noise = (0.05, 0.07, 0.06, 0.055, 0.065)
     a = paired_ratio(clock.call("f", *noise), clock.call("g", 0.05))
     ratios = [1 / r for r in a.ratios]
-    b = timing.order_statistic_interval(ratios)
+    b = order_statistic_interval(ratios)
     assert (b.estimate, b.lo, b.hi) == pytest.approx((1 / a.median, 1 / a.hi, 1 / a.lo))
 
 
@@ -161,11 +161,6 @@ def test_other_libraries_run_on_one_thread_too():
     with one_thread():
         assert {pool["num_threads"] for pool in threadpoolctl.threadpool_info()} <= {1}
     assert [pool["num_threads"] for pool in threadpoolctl.threadpool_info()] == before
-
-
-def test_the_real_clock_sees_a_factor_of_four():
-    ratio = paired_ratio(lambda: time.sleep(0.008), lambda: time.sleep(0.002), min_block=0.008)
-    assert 2 < ratio.median < 5
 
 
 def test_geometric_mean_inverts_under_swapping():

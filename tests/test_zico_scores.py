@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from effnb.lab.measure import data
-from effnb.lab.run.fanout import fan_out, one_thread
 from effnb.lab.paths import root
+from effnb.lab.run.fanout import fan_out, one_thread
 from effnb.nas.nb201 import all_cells, iso_class
 
 sys.path.insert(0, str(root() / "data"))

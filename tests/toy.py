@@ -25,6 +25,7 @@ CLAIMS = {
             "paper": "gains",
             "criterion": {"metric": "gain", "unit": "pt", "op": ">", "threshold": 0.0, "against": "baseline"},
             "conditions": [{"name": "small loss", "metric": "loss", "op": "<", "threshold": 1.0}],
+            "as_stated": "same",
             "expected_at_paper_scale": "gains",
             "anchor": "experiment",
             "registered": "2026-11-21",
@@ -47,7 +48,7 @@ CLAIMS = {
 
 CELLS = [
     ("markdown", "# Toy", []),
-    ("code", 'from effnb.lab import claims\n\nclaims.at_a_glance("toy", "book")', ["at-a-glance"]),
+    ("code", 'from effnb import lab\n\nlab.show.at_a_glance("toy")', ["at-a-glance"]),
     (
         "code",
         'profile: str = "book"  # parameter set\nseeds: list = [0, 1, 2]  # seeds\ngain: float = 1.0  # gain',
@@ -57,10 +58,10 @@ CELLS = [
     ("code", "ours = [gain + 0.1 * seed for seed in seeds]\nbaseline = [0.05 * seed for seed in seeds]", []),
     (
         "code",
-        'record = claims.Recorder("toy", profile, seeds)\n'
+        'record = lab.Recorder("toy", profile, seeds)\n'
         'record.record("T1", ours, baseline, {"small loss": [0.1 + 0.01 * s for s in seeds]})\n'
         'record.record("T2", [4.0] * len(seeds))\n'
-        'record.note_metric("ours", ours)\nrecord.save()\nrecord.report()',
+        'record.note_metric("ours", ours)\nrecord.save()\nlab.show.report(record)',
         [],
     ),
 ]  # fmt: skip

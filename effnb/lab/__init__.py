@@ -1,1 +1,10 @@
-"""The bench: data, training, statistics, claims, cost, timing, plots, runner, sweep and command line."""
+"""The bench: data, training, claims, verdicts, runs. What notebooks use is here; nothing else re-exports."""
+
+from effnb.lab import show
+from effnb.lab.judge import stats
+from effnb.lab.judge.claims import Sample
+from effnb.lab.measure import cost, data, plot, seed, timing, train
+from effnb.lab.run.record import Recorder
+from effnb.lab.show import begin
+
+__all__ = ["Recorder", "Sample", "begin", "cost", "data", "plot", "seed", "show", "stats", "timing", "train"]

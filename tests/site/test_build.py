@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from effnb.lab.publish import site
 from effnb.lab.paths import root
+from effnb.lab.publish import site
 
 pytestmark = pytest.mark.site
 pytest.importorskip("jupyter_book", reason="jupyter-book is not installed: the extra book")

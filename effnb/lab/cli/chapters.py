@@ -5,9 +5,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from effnb.lab.run import stale as key, chapter as runner
 from effnb.lab.cli.common import Chapters, Jobs, Parameter, Profile, app, chosen, console, fail, parameters, scoreboard
 from effnb.lab.paths import results_root, root
+from effnb.lab.run import chapter as runner
+from effnb.lab.run import stale as key
 from effnb.lab.run.progress import run_with_progress
 
 

@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from effnb.lab.run import chapter as runner
 from effnb.lab.cli.common import Chapters, app, chosen, console, fail, scoreboard
 from effnb.lab.paths import committed_results, results_root, root
+from effnb.lab.run import chapter as runner
 
 
 @app.command()
@@ -98,8 +98,8 @@ def bench(
     ] = False,
 ) -> None:
     """Time the methods against what a user would otherwise pick, into book/results/bench/."""
-    from effnb.lab.run import bench as benches
     from effnb.lab.publish import site as pages
+    from effnb.lab.run import bench as benches
 
     records = benches.run_all(chosen(systems) if systems else [], quick=quick)
     if not quick:

@@ -186,13 +186,18 @@ class Judgement:
     contradicted: bool
     reason: str
 
+    @property
+    def method(self) -> str:
+        """How the interval was made; ``none`` where there is none."""
+        return self.criterion.interval if self.ci else "none"
+
     def measured(self) -> dict:
         """Return the block of a result entry; matrices of units stand in a file beside it."""
         sample = self.sample
         found = {
             "estimate": self.estimate,
             "ci": self.ci,
-            "ci_method": self.criterion.interval if self.ci else "none",
+            "ci_method": self.method,
             "per_seed": [float(v) for v in sample.per_seed],
             "baseline_per_seed": None if sample.baseline is None else [float(v) for v in sample.baseline],
             "unit": self.criterion.unit,
@@ -281,7 +286,10 @@ def evaluate(
     held, needed = sum(map(criterion.holds, values)), math.ceil(criterion.seeds_fraction * len(values))
     if criterion.interval == "none":
         exact = held == len(values)
-        verdict, reason = PASSED[0] if exact else VERDICTS[3], "" if exact else f"holds in {held} of {len(values)} cases"
+        verdict, reason = (
+            PASSED[0] if exact else VERDICTS[3],
+            "" if exact else f"holds in {held} of {len(values)} cases",
+        )
         return Judgement(criterion, sample, estimate, ci, verdict, not exact, reason)
     contradicted, reason = False, ""
     if ci is None:
@@ -391,9 +399,20 @@ class Unreachable(Record):
 
 
 #: Fields that fix what was promised; a change of any of them needs a new claim.
-REGISTERED = (
-    "id primary kind statement source paper_value paper criterion conditions preconditions as_stated family".split()
-)
+REGISTERED = [
+    "id",
+    "primary",
+    "kind",
+    "statement",
+    "source",
+    "paper_value",
+    "paper",
+    "criterion",
+    "conditions",
+    "preconditions",
+    "as_stated",
+    "family",
+]
 
 
 class Claim(Record):

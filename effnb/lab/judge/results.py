@@ -353,10 +353,10 @@ def stated_verdict(claim: Claim, entry: Mapping | None) -> str | None:
 
 
 def _close(stored: Any, found: Any) -> bool:
+    if stored == found or None in (stored, found):
+        return stored == found
     pairs = zip(*([v] if isinstance(v, float | int) else v for v in (stored, found)), strict=True)
-    return stored == found or (
-        None not in (stored, found) and all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in pairs)
-    )
+    return all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in pairs)
 
 
 def _differs(name: str, stored: Mapping, found: Judgement, smoke: bool) -> list[str]:
@@ -377,7 +377,9 @@ def _problems_of(claim: Claim, entry: Mapping, profile: str, outcome: Outcome | 
     if len(entry["measured"]["per_seed"]) != len(entry["seeds"]):
         return [f"{claim.id}: per_seed must have the length of seeds"]
     if outcome is None:
-        return [] if entry["not_tested"] and entry["note"] else [f"{claim.id}: not tested must have a reason and its kind"]
+        return (
+            [] if entry["not_tested"] and entry["note"] else [f"{claim.id}: not tested must have a reason and its kind"]
+        )
     smoke = profile == "smoke"
     wrong = _differs(claim.id, entry, outcome.main, smoke)
     for what in ("conditions", "preconditions"):
@@ -398,7 +400,9 @@ def problems(claims: ClaimSet, profile: str, results: Path | None = None) -> lis
         result = load_result(claims.system, profile, results)
         if result is None:
             # Nobody has to have run a study; the book has to be whole.
-            return [] if profile == "study" else [f"{claims.system}: no result for profile {profile!r}: run the chapter"]
+            return (
+                [] if profile == "study" else [f"{claims.system}: no result for profile {profile!r}: run the chapter"]
+            )
         if (result["system"], result["profile"]) != (claims.system, profile):
             raise ValueError(f"{claims.system}: the result is of {result['system']} at {result['profile']!r}")
         units = _load_units(result, folder)

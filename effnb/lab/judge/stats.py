@@ -281,9 +281,12 @@ def sign_flip_test(a: ArrayLike, b: ArrayLike | None = None, alternative: str = 
         raise ValueError(f"a must hold at most 24 values for an exact test, got {len(d)}")
     if alternative not in ("greater", "less", "two-sided"):
         raise ValueError(f"alternative must be 'greater', 'less' or 'two-sided', got {alternative!r}")
-    # Not two-sided by doubling, as scipy has it: |mean| is compared, which is exact for a symmetric null.
-    side = {"greater": lambda x, axis: x.mean(axis), "less": lambda x, axis: -x.mean(axis)}.get(
-        alternative, lambda x, axis: np.abs(x.mean(axis))
-    )
-    found = sps.permutation_test((d,), side, permutation_type="samples", n_resamples=np.inf, alternative="greater")
+    scale = np.abs(d).max() or 1.0
+    turn = {"greater": lambda m: m, "less": np.negative, "two-sided": np.abs}[alternative]
+
+    def mean(x: Array, axis: int) -> Array:
+        # Rounded: ties that rounding errors part would lower p. |mean| is exact for a symmetric null; scipy doubles.
+        return np.round(turn(x.mean(axis)) / scale, 12)
+
+    found = sps.permutation_test((d,), mean, permutation_type="samples", n_resamples=np.inf, alternative="greater")
     return float(found.pvalue)

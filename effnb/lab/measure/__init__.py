@@ -1,1 +1,1 @@
-"""x"""
+"""Measuring: data, training, seeds, time, cost, plots; knows nothing of claims."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 # Ops of a few operations an element that carry no tag of torch saying so: allocation, data movement, random
@@ -24,7 +23,10 @@ _LINEAR = re.compile(
     r"|native_(batch|layer|group)_norm|fused_rms_norm|cudnn_batch_norm|batch_norm|.*softmax|nll_loss|nonzero|masked|unique"
     r"|.*pool|upsample|pixel|channel_shuffle|native_dropout|fused_dropout|bernoulli|normal|uniform|rand|exponential"
     r"|random|local_scalar|foreach_|fused_adam|fused_sgd|im2col|col2im|tril|triu|diag|unfold|efficientzerotensor"
-    r"|.*_loss|cum(sum|prod|max|min)|logcumsumexp|weight_norm|assert|is_|equal$|split|narrow|as_strided|unsafe_)"
+    r"|.*_loss|cum(sum|prod|max|min)|logcumsumexp|weight_norm|assert|is_|equal$|split|narrow|as_strided|unsafe_"
+    # Reductions by name: older torch has no tag for them.
+    r"|(sum|nansum|mean|prod|var|std|var_mean|std_mean|amax|amin|aminmax|max|min|arg(max|min)|any|all|norm|median"
+    r"|logsumexp|linalg_vector_norm|count_nonzero)$)"
 )
 
 
@@ -184,26 +186,35 @@ class _Elements(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.elements[func] += sum(t.numel() for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor))
+        self.elements[func] += sum(t.numel() for t in _tensors((args, kwargs, out)))
         return out
 
     def unknown(self) -> list[str]:
         """Names of the ops with more than 1 % of the elements that are neither counted nor a few operations each."""
         floor = 0.01 * sum(self.elements.values())
         heavy = [op for op, count in self.elements.items() if count > floor and not _is_known(op)]
-        return [op._schema.name.removeprefix("aten::") for op in heavy]
+        return [op.name().partition(".")[0].removeprefix("aten::") for op in heavy]
 
 
 def _is_known(op: Any) -> bool:
-    packet = op._overloadpacket
-    if packet in flop_registry or op.is_view or {torch.Tag.pointwise, torch.Tag.reduction} & set(op.tags):
+    packet = op.overloadpacket
+    if packet in flop_registry or op.is_view or torch.Tag.pointwise in op.tags:
         return True
     return op.namespace in ("aten", "prim", "prims") and bool(_LINEAR.match(packet.__name__))
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
 def _backward(out: Any) -> None:
     """Run the backward pass from all outputs and give every leaf its own gradient back."""
-    outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
+    outputs = [t for t in _tensors(out) if t.requires_grad]
     if not outputs:
         raise ValueError("backward=True needs an output of fn that requires a gradient, got none")
     before = [(leaf, leaf.grad) for leaf in _leaves(out)]
@@ -218,7 +229,7 @@ def _backward(out: Any) -> None:
 
 def _leaves(out: Any) -> list[Tensor]:
     """The leaf tensors that the graph behind ``out`` accumulates into."""
-    nodes = list({t.grad_fn for t in tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None})
+    nodes = list({t.grad_fn for t in _tensors(out) if t.grad_fn is not None})
     seen = set(nodes)
     for node in nodes:  # grows while it is walked
         fresh = {parent for parent, _ in node.next_functions if parent is not None} - seen

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 #: Colour-blind-safe (Okabe and Ito): ours, baseline, second and third baseline, reference line, further lines.
 OURS, BASELINE, SECOND, THIRD, REFERENCE = "#0072B2", "#7A7A7A", "#D55E00", "#009E73", "#000000"
@@ -102,11 +103,20 @@ def band(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colo
     return mean
 
 
+def frame(x: float, y: float, width: float = 1.0, height: float = 1.0) -> Rectangle:
+    """Return a frame around a cell of a heat map, to mark it.
+
+    >>> frame(0, 0).get_fill()
+    False
+    """
+    return Rectangle((x, y), width, height, fill=False, edgecolor=SECOND, linewidth=2)
+
+
 class Picture:
     """A finished figure as an ``<img>`` with alternative text, for a notebook's output."""
 
-    def __init__(self, svg: bytes, alt: str, wide: bool = False) -> None:
-        self.svg, self.alt, self.wide = svg, alt, wide
+    def __init__(self, svg: bytes, alt: str, wide: bool = False, caption: str = "") -> None:
+        self.svg, self.alt, self.wide, self.caption = svg, alt, wide, caption
 
     def _repr_html_(self) -> str:
         alt = self.alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from effnb.lab.judge.stats import order_statistic_interval
+from scipy.stats import quantile_test
 
 Call = Callable[[], Any]
 
@@ -123,9 +122,10 @@ def paired_ratio(f: Call, g: Call, pairs: int = 7, min_block: float = 0.05) -> R
             rows.append([_block(call, loops) / loops for call, loops in sides[::turn]][::turn])
     first, second = zip(*rows, strict=True)
     ratios = tuple(a / b for a, b in rows)
-    interval = order_statistic_interval(ratios)
+    interval = quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)
     seconds = (statistics.median(first), statistics.median(second))
-    return Ratio(interval.estimate, interval.lo, interval.hi, ratios, is_noisy(ratios), seconds)
+    middle = statistics.median(ratios)
+    return Ratio(middle, float(interval.low), float(interval.high), ratios, is_noisy(ratios), seconds)
 
 
 def is_noisy(values: Iterable[float]) -> bool:

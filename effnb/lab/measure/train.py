@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effnb.common import mode_restored
+
 
 def fit(
     model: nn.Module,
@@ -62,7 +64,7 @@ def fit(
     if epochs < 0:
         raise ValueError(f"epochs must be >= 0, got {epochs}")
     losses, step = [], 0
-    with _mode(model, training=True), _forked_rng(generator, x.device):
+    with mode_restored(model, train=True), _forked_rng(generator, x.device):
         for _ in range(epochs):
             total = 0.0
             for batch in _batches(len(x), batch_size, generator, x.device):
@@ -100,7 +102,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1024) -> 
     75.0
     """
     _check_data(x, y, batch_size)
-    with _mode(model, training=False), torch.no_grad():
+    with mode_restored(model, train=False), torch.no_grad():
         pairs = zip(x.split(batch_size), y.split(batch_size), strict=True)
         hits = sum(int((model(inputs).argmax(1) == labels).sum()) for inputs, labels in pairs)
     return 100.0 * hits / y.numel()
@@ -115,18 +117,6 @@ def _check_data(x: Tensor, y: Tensor, batch_size: int) -> None:
 
 def _batches(n: int, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
     return torch.randperm(n, generator=generator).to(device).split(size)
-
-
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Set train or eval mode; on the way out every submodule gets its own back, frozen batch norms included."""
-    before = {module: module.training for module in model.modules()}
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 @contextmanager

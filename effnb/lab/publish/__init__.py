@@ -1,1 +1,1 @@
-"""x"""
+"""Publishing: scoreboard, performance, README, pictures and the site, from results alone."""

@@ -4,8 +4,8 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 
-from effnb.lab.publish import pictures
 from effnb.lab.claims import format_measured
+from effnb.lab.publish import pictures
 from effnb.lab.publish.scoreboard import ORDER, WORDS, failures, order, scale_text, tally
 
 

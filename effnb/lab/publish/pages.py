@@ -8,8 +8,8 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from effnb.lab.publish import markup, pictures, scoreboard
 from effnb.lab.claims import format_measured
+from effnb.lab.publish import markup, pictures, scoreboard
 from effnb.lab.publish.markup import text
 from effnb.lab.publish.scoreboard import WORDS
 

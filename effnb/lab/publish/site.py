@@ -10,10 +10,10 @@ from pathlib import Path
 
 import yaml
 
-from effnb.lab.judge import claims
-from effnb.lab.publish import links, pages, performance, pictures, scoreboard
 from effnb.common import write_atomically
+from effnb.lab.judge import claims
 from effnb.lab.paths import committed_results, root
+from effnb.lab.publish import links, pages, performance, pictures, scoreboard
 
 _HOME = "book/index.html"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")

@@ -25,9 +25,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from effnb.common import write_atomically
+from effnb.lab.measure.timing import Ratio, machine_info, roofline_probe
 from effnb.lab.paths import committed_results, root
 from effnb.lab.publish.performance import judge, ratio_text
-from effnb.lab.measure.timing import Ratio, machine_info, roofline_probe
 
 SCHEMA = "effnb-bench/1"
 FIELDS = ("name", "ours", "peer", "ratio", "target", "better", "unit", "detail")

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import yaml
 
-from effnb.lab.judge.results import load_result, result_path
-from effnb.lab.run.stale import chapters, stale_parts
-from effnb.lab.run.notebooks import normalize
 from effnb.common import write_atomically
+from effnb.lab.judge.results import load_result, result_path
 from effnb.lab.paths import committed_results, results_root, root
+from effnb.lab.run.notebooks import normalize
+from effnb.lab.run.stale import chapters, stale_parts
 
 #: Seconds after which a chapter is stopped, by profile.
 TIMEOUTS = {"smoke": 180, "book": 900, "paper": 7 * 24 * 3600}

@@ -5,11 +5,11 @@ from pathlib import Path
 import nbformat
 import papermill
 
-from effnb.lab.judge.registry import load
-from effnb.lab.run.report import glance_html
-from effnb.lab.judge.results import load_result
 from effnb.common import write_atomically
+from effnb.lab.judge.registry import load
+from effnb.lab.judge.results import load_result
 from effnb.lab.paths import results_root
+from effnb.lab.run.report import glance_html
 
 
 def refresh_glance(path: Path, system: str, profile: str, results: Path | None = None) -> None:

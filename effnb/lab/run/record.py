@@ -214,7 +214,12 @@ class Recorder:
             stated = judged(claim.as_stated.against or claim.as_stated.metric, outcome.as_stated)
         elif isinstance(claim.as_stated, Unreachable):
             reason = claim.as_stated.reason
-            stated = {"name": "as stated", "measured": None, "verdict": "smoke" if smoke else "not-tested", "note": reason}
+            stated = {
+                "name": "as stated",
+                "measured": None,
+                "verdict": "smoke" if smoke else "not-tested",
+                "note": reason,
+            }
         return common | {
             "measured": outcome.main.measured(),
             "conditions": [judged(name, j) for name, j in outcome.conditions.items()],

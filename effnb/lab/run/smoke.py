@@ -5,11 +5,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from effnb.lab.run import chapter as runner
 from effnb.lab.judge.results import check
-from effnb.lab.run.stale import chapters
-from effnb.lab.run.notebooks import prepare
 from effnb.lab.paths import root
+from effnb.lab.run import chapter as runner
+from effnb.lab.run.notebooks import prepare
+from effnb.lab.run.stale import chapters
 
 
 def run(systems: Sequence[str]) -> int:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import papermill
 
+from effnb.lab.paths import digest, root
 from effnb.lab.run import chapter as runner
 from effnb.lab.run.fanout import fan_out
 from effnb.lab.run.grid import parse_grid, parse_seeds
 from effnb.lab.run.stale import chapters, module_hash, notebook_hash, staleness_key
-from effnb.lab.paths import digest, root
 from effnb.lab.run.store import Store
 from effnb.lab.run.sweep_table import SweepTable, tabulate
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import papermill
 
+from effnb.lab.paths import root
 from effnb.lab.run.fanout import die_with_parent
 from effnb.lab.run.notebooks import refresh_glance
-from effnb.lab.paths import root
 
 
 class _Progress(logging.Handler):

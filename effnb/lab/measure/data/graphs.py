@@ -9,8 +9,8 @@ import torch
 from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
-from . import files
-from .kinds import Graph
+from effnb.lab.measure.data import files
+from effnb.lab.measure.data.kinds import Graph
 
 FOLDERS = {"cora": "Cora", "citeseer": "CiteSeer"}
 PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
