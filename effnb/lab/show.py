@@ -1,4 +1,4 @@
-"""What the notebooks share: how a chapter begins, tables and figures of usual kinds, claims and verdicts on the page."""
+"""What the notebooks share: how a chapter begins, tables and figures of usual kinds, verdicts on the page."""
 
 import platform
 from collections.abc import Mapping, Sequence

@@ -34,7 +34,8 @@
   const makeFilterable = (table, controls, say) => {
     const rows = [...table.tBodies[0].rows];
     const search = controls.querySelector("input[type=search]");
-    const chapter = controls.querySelector("select");
+    const chapter = controls.querySelector("select[name=chapter]");
+    const question = controls.querySelector("select[name=question]");
     const chips = [...controls.querySelectorAll("[data-verdict]")];
     const update = () => {
       const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -42,7 +43,7 @@
       let shown = 0;
       for (const row of rows) {
         const text = `${row.id} ${row.textContent}`.toLowerCase();
-        const keep = verdicts.has(row.dataset.verdict) && (!chapter.value || row.dataset.system === chapter.value)
+        const keep = verdicts.has(row.dataset[question.value]) && (!chapter.value || row.dataset.system === chapter.value)
           && words.every((word) => text.includes(word));
         row.hidden = !keep;
         shown += keep;
@@ -51,6 +52,7 @@
     };
     search.addEventListener("input", update);
     chapter.addEventListener("change", update);
+    question.addEventListener("change", update);
     for (const chip of chips) {
       chip.addEventListener("click", () => {
         chip.setAttribute("aria-pressed", String(chip.getAttribute("aria-pressed") !== "true"));

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-_MET = {"met": ("✓", "reproduced"), "median only": ("◐", "partially"), "not met": ("✗", "not-reproduced-at-this-scale")}
+from effnb.lab.judge.claims import Criterion
+from effnb.lab.publish.verdicts import render
+
+#: What a benchmark row's judgement looks like, as the verdict of the same weight.
+MET = {"met": "reproduced", "median only": "partially", "not met": "not-reproduced-at-this-scale"}
 
 
 def bounds(row: Mapping) -> tuple[float, float, float] | None:
-    """Median, low and high end of a row's ratio; ``None`` where nothing was measured.
+    """Return median, low and high end of a row's ratio; ``None`` where nothing was measured.
 
     >>> bounds({"ratio": {"median": 2.0, "lo": 1.5, "hi": 2.5}})
     (2.0, 1.5, 2.5)
@@ -18,7 +22,7 @@ def bounds(row: Mapping) -> tuple[float, float, float] | None:
 
 
 def judge(row: Mapping) -> str:
-    """``met`` if the whole interval is on the right side of the target, ``median only`` if just the median is.
+    """Return ``met`` if the whole interval is on the right side of the target, ``median only`` if just the median is.
 
     >>> judge({"ratio": 3.0, "target": 2.0, "better": "higher"})
     'met'
@@ -34,7 +38,7 @@ def judge(row: Mapping) -> str:
 
 
 def ratio_text(row: Mapping) -> str:
-    """The ratio with its interval and unit.
+    """Return the ratio with its interval and unit.
 
     >>> ratio_text({"ratio": {"median": 2.04, "lo": 1.96, "hi": 2.1}, "unit": "x"})
     '2.0× [2.0, 2.1]'
@@ -44,40 +48,27 @@ def ratio_text(row: Mapping) -> str:
     places = 0 if abs(found[0]) >= 100 else 1 if abs(found[0]) >= 2 else 2
     median, low, high = (f"{v:.{places}f}" for v in found)
     unit = {"x": "×", None: "", "": ""}.get(row.get("unit"), f" {row.get('unit')}")
-    return f"{median}{unit}" + (f" [{low}, {high}]" if found[1] != found[2] else "")
+    noisy = isinstance(row.get("ratio"), Mapping) and row["ratio"].get("noisy")
+    return f"{median}{unit}" + (f" [{low}, {high}]" if found[1] != found[2] else "") + " (noisy)" * bool(noisy)
 
 
-def verdict_html(row: Mapping) -> str:
-    """Met or not, as word, sign and colour."""
-    word = judge(row)
-    sign, kind = _MET.get(word, ("–", "not-tested"))
-    return f'<span class="eff-verdict eff-{kind}"><span aria-hidden="true">{sign}</span> {word}</span>'
-
-
-def table(rows: Sequence[Mapping]) -> str:
-    """Markdown table of one system's benchmark rows."""
-    lines = ["| What | Ours | Against | Ratio | Target | Verdict |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        side = "≤" if row.get("better") == "lower" else "≥"
-        target = "" if row.get("target") is None else f"{side} {row['target']:g}"
-        ratio = ratio_text(row) + (
-            " (noisy)" if isinstance(row.get("ratio"), Mapping) and row["ratio"].get("noisy") else ""
-        )
-        what = row["name"] + (f"<small>{row['detail']}</small>" if row.get("detail") else "")
-        cells = (what, row["ours"], row["peer"], ratio, target, verdict_html(row))
-        lines.append("| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |")
-    return "\n".join(lines)
+def criterion_of(row: Mapping) -> Criterion | None:
+    """Return a row's target as a criterion, so that its picture is drawn as a claim's is; None without one."""
+    if row.get("target") is None:
+        return None
+    op = "<=" if row.get("better") == "lower" else ">="
+    return Criterion(row["name"], op, float(row["target"]), {"x": "×"}.get(row.get("unit"), row.get("unit") or ""))
 
 
 def rows_of(record: Mapping | Sequence) -> list[Mapping]:
-    """The rows of one benchmark file, which is a list or holds one under ``rows``."""
+    """Return the rows of one benchmark file, which is a list or holds one under ``rows``."""
     return list(record["rows"] if isinstance(record, Mapping) else record)
 
 
 def summary(bench: Mapping[str, Mapping]) -> str:
-    """One sentence: how many targets are met."""
+    """Return one sentence: how many targets are met."""
     words = [judge(row) for record in bench.values() for row in rows_of(record)]
-    targets = [w for w in words if w in _MET]
+    targets = [w for w in words if w in MET]
     if not targets:
         return "No benchmark has been run yet: `make bench` fills this page."
     line = f"**{targets.count('met')} of {len(targets)}** targets are met over the whole interval"
@@ -86,7 +77,7 @@ def summary(bench: Mapping[str, Mapping]) -> str:
 
 
 def machine(record: Mapping | Sequence) -> str:
-    """One line on where a benchmark ran: processor, threads, and the machine's measured peaks; empty if not recorded.
+    """Return one line on where a benchmark ran: processor, threads, the machine's measured peaks; empty if unknown.
 
     >>> machine({"rows": [], "machine": {"cpu": "X", "threads": 1}, "roofline": {"gflops": 50.2, "gb_s": 10.0}})
     'Measured on X, threads 1; measured peaks: 50 GFLOP/s, 10 GB/s.'
@@ -100,7 +91,7 @@ def machine(record: Mapping | Sequence) -> str:
 
 
 def page(bench: Mapping[str, Mapping], titles: Mapping[str, str]) -> str:
-    """A section a system: its table and the machine that it was measured on.
+    """Return a section a system: its rows as dots with intervals against their targets, and the machine.
 
     Args:
         bench: system to its record.
@@ -108,23 +99,33 @@ def page(bench: Mapping[str, Mapping], titles: Mapping[str, str]) -> str:
     """
     sections, order = [], list(titles)
     for system, record in sorted(bench.items(), key=lambda item: order.index(item[0]) if item[0] in titles else 99):
+        rows = [
+            {
+                "row": row,
+                "ratio": ratio_text(row),
+                "bounds": bounds(row),
+                "word": judge(row),
+                "criterion": criterion_of(row),
+            }
+            for row in rows_of(record)
+        ]
+        table = render("performance.html", rows=rows, MET=MET)
         command = f"```bash\neffnb bench {system}\n```"
-        sections.append(
-            f"## {titles.get(system, system)}\n\n{table(rows_of(record))}\n\n{machine(record)}\n\n{command}"
-        )
+        sections.append(f"## {titles.get(system, system)}\n\n{table}\n\n{machine(record)}\n\n{command}")
     return "\n\n".join(sections)
 
 
 def headline(bench: Mapping[str, Mapping]) -> dict[str, str]:
-    """System to its first measured row in words, for the README's table.
+    """Return system to its first measured row with a peer and a target, in words, for the README's table.
 
-    >>> headline({"a": [{"name": "step", "peer": "torch", "ratio": 2.5, "unit": "x"}]})
+    >>> headline({"a": [{"name": "step", "peer": "torch", "ratio": 2.5, "unit": "x", "target": 2.0}]})
     {'a': 'step: 2.5× against torch'}
     """
     found = {}
     for system, record in bench.items():
         measured = [row for row in rows_of(record) if bounds(row)]
-        if measured:
-            row = next((r for r in measured if r.get("target") is not None), measured[0])
-            found[system] = f"{row['name']}: {ratio_text(row)} against {row['peer']}"
+        # A row against nobody ("-") says nothing on a front page.
+        told = [r for r in measured if r.get("target") is not None and r["peer"].strip("- ")] or measured
+        if told:
+            found[system] = f"{told[0]['name']}: {ratio_text(told[0])} against {told[0]['peer']}"
     return found

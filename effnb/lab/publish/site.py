@@ -4,38 +4,33 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
 from effnb.common import write_atomically
-from effnb.lab.judge import claims
+from effnb.lab.judge.claims import ClaimSet, load_all
+from effnb.lab.judge.results import check, joined, load_result
 from effnb.lab.paths import committed_results, root
-from effnb.lab.publish import links, pages, performance, pictures, scoreboard
+from effnb.lab.publish import links, performance, scoreboard, verdicts
+from effnb.lab.run import process
+from effnb.lab.run.stale import stale_parts
 
 _HOME = "book/index.html"
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_MARKER = re.compile(r"<!-- generated: ([a-z-]+) -->")
+TABLE_START, TABLE_END = "<!-- claims-table:start -->", "<!-- claims-table:end -->"
 
 
-def chapters(notebooks: Path) -> dict[str, Path]:
-    """System to its notebook, in the order of the book.
-
-    Args:
-        notebooks: folder with ``NN_<system>.ipynb``.
-    """
-    return {path.stem[3:]: path for path in sorted(Path(notebooks).glob("[0-9][0-9]_*.ipynb"))}
-
-
-def rows(notebooks: Path, results: Path, profile: str = "book") -> list[dict]:
-    """The scoreboard's flat rows from the registered claims and the results in ``results``."""
-    stems = {system: path.stem for system, path in chapters(notebooks).items()}
-    return scoreboard.flatten(claims.joined(Path(results), profile), stems)
+def load_yaml(path: Path) -> dict:
+    """Return a YAML file as a dictionary; empty where the file holds nothing."""
+    return yaml.safe_load(path.read_text()) or {}
 
 
 def configure(config: dict) -> dict:
-    """The site's configuration with the addresses that the environment gives.
+    """Return the site's configuration with the addresses that the environment gives.
 
     ``EFFNB_REPOSITORY_URL`` replaces the repository, ``EFFNB_REPOSITORY_BRANCH`` the branch of edit and launch links,
     ``EFFNB_SITE_URL`` the address of the site that link previews need.
@@ -51,46 +46,44 @@ def configure(config: dict) -> dict:
     return config | {"repository": repository, "html": site}
 
 
-def _generate(stage: Path, notebooks: Path, results: Path) -> None:
-    """Fill the staged pages' markers and write the machine copy and pictures beside them."""
-    toc, found = pages.load_yaml(stage / "_toc.yml"), rows(notebooks, results)
-    records = {r["system"]: r["result"] for r in claims.joined(results) if r["result"]}
-    names = {s.system: s.title for s in claims.load_all()}
-    titles = {system: names.get(system, system) for system in chapters(notebooks)}
-    bench = _bench(results)
-    config = configure(pages.load_yaml(stage / "_config.yml"))
-    profiles = pages.load_yaml(root() / "notebooks" / "profiles.yaml")
-    blocks = pages.blocks(found, list(records.values()), toc) | {
-        "bench-summary": performance.summary(bench),
-        "bench": performance.page(bench, titles),
-        "paper-scale": pages.paper_scale(profiles, chapters(notebooks), titles),
-    }
-    for page in sorted((stage / "book").rglob("*.md")):
-        filled = pages.fill(page.read_text(), blocks).replace("REPOSITORY_URL", config["repository"]["url"])
-        page.write_text(filled)
-    (stage / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    static = stage / "book" / "_static"
-    (static / "scoreboard.json").write_text(json.dumps(scoreboard.machine_copy(found), indent=1) + "\n")
-    for name, picture in _pictures(found).items():
-        (static / name).write_text(picture)
+def fill(page: str, blocks: Mapping[str, str]) -> str:
+    """Replace every ``<!-- generated: NAME -->`` of a page by ``blocks[NAME]``.
+
+    Raises:
+        ValueError: the page asks for a block that nobody generates.
+
+    >>> fill("a <!-- generated: x --> b", {"x": "1"})
+    'a 1 b'
+    """
+
+    def block(match: re.Match) -> str:
+        if match[1] not in blocks:
+            raise ValueError(f"generated block must be one of {sorted(blocks)}, got {match[1]!r}")
+        return blocks[match[1]]
+
+    return _MARKER.sub(block, page)
 
 
 def _bench(results: Path) -> dict[str, dict]:
     """Benchmarks are taken apart from the chapters: a fresh run of the book shows the committed ones."""
-    own = results / "bench"
-    return pages.load_bench(own if own.is_dir() else committed_results() / "bench")
+    folder = results / "bench" if (results / "bench").is_dir() else committed_results() / "bench"
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def _pictures(found: list[dict]) -> dict[str, str]:
-    counts = scoreboard.tally(found)
-    return {
-        "scoreboard.svg": pictures.scoreboard_svg(found, counts, scoreboard.WORDS),
-        "claims.svg": pictures.badge_svg(counts["confirmed"], counts["total"]),
-    }
+def _studies(results: Path) -> Path:
+    """Studies are run by hand: a fresh run of the book shows the committed ones."""
+    return results if (results / "study").is_dir() else committed_results()
+
+
+def rows_of(notebooks: Path, results: Path) -> list[dict]:
+    """Return the scoreboard's rows: the book's results from ``results``, the studies' where they stand."""
+    stems = {path.stem[3:]: path.stem for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))}
+    found = {"book": joined(results, "book"), "study": joined(_studies(results), "study")}
+    return scoreboard.flatten(found, stems)
 
 
 def stage(notebooks: Path, results: Path, folder: Path) -> Path:
-    """Assemble the sources of the site in ``folder``, which is emptied first.
+    """Assemble the sources of the site in ``folder``, which is emptied first, and fill their generated blocks.
 
     Args:
         notebooks: executed chapters.
@@ -100,20 +93,50 @@ def stage(notebooks: Path, results: Path, folder: Path) -> Path:
     Raises:
         ValueError: claims without a chapter, or a page that asks for an unknown block.
     """
+    notebooks, results = Path(notebooks), Path(results)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "notebooks").mkdir(parents=True)
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(root() / name, folder / name)
     ignore = shutil.ignore_patterns("results", "claims", "__pycache__")
     shutil.copytree(root() / "book", folder / "book", ignore=ignore)
-    for path in chapters(notebooks).values():
+    chapters = sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))
+    for path in chapters:
         shutil.copy(path, folder / "notebooks" / path.name)
-    _generate(folder, Path(notebooks), Path(results))
+    sets, rows = load_all(), rows_of(notebooks, results)
+    records = [load_result(s.system, "book", results) for s in sets]
+    studies = {s.system: load_result(s.system, "study", _studies(results)) for s in sets}
+    titles = {s.system: s.title for s in sets}
+    bench = _bench(results)
+    blocks = scoreboard.blocks(rows, list(filter(None, [*records, *studies.values()])), load_yaml(folder / "_toc.yml"))
+    blocks |= {
+        "failure-count": str(len(scoreboard.failures(rows))),
+        "bench-summary": performance.summary(bench),
+        "bench": performance.page(bench, {path.stem[3:]: titles.get(path.stem[3:], path.stem) for path in chapters}),
+        "stale-studies": _stale_studies({s: r for s, r in studies.items() if r}, titles),
+    }
+    config = configure(load_yaml(folder / "_config.yml"))
+    for page in sorted((folder / "book").rglob("*.md")):
+        page.write_text(fill(page.read_text(), blocks).replace("REPOSITORY_URL", config["repository"]["url"]))
+    (folder / "_config.yml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    static = folder / "book" / "_static"
+    schema = {"schema": ClaimSet.model_json_schema()}
+    (static / "scoreboard.json").write_text(json.dumps(scoreboard.machine_copy(rows) | schema, indent=1) + "\n")
+    for name, picture in scoreboard.pictures(rows).items():
+        (static / name).write_text(picture)
     return folder
 
 
+def _stale_studies(studies: Mapping[str, dict], titles: Mapping[str, str]) -> str:
+    """Studies whose code or parameters have changed since: named, not failed."""
+    stale = [titles[system] for system, result in studies.items() if stale_parts(system, result)]
+    return (
+        f"Older than today's code: the studies of {', '.join(stale)}." if stale else "All studies are of today's code."
+    )
+
+
 def render(source: Path, target: Path, log: Path) -> list[str]:
-    """Run Jupyter Book on staged sources, every warning an error; returns the problems, empty if all is well.
+    """Run Jupyter Book on staged sources, every warning an error; return the problems, empty if all is well.
 
     Args:
         source: what :func:`stage` made.
@@ -123,15 +146,13 @@ def render(source: Path, target: Path, log: Path) -> list[str]:
     start = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", start, "build", str(source), "--path-output", str(target)]
     command += ["-W", "-n", "--keep-going", "--all"]
-    environ = os.environ | {"PYTHONPATH": str(root()), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(plain := _COLOUR.sub("", done.stdout))
+    code, output = process.call(command, {"PYTHONUNBUFFERED": "1", "NO_COLOR": "1"})
+    write_atomically(log, plain := _COLOUR.sub("", output))
     lines = plain.splitlines()
     found = [line for line in lines if "WARNING" in line or "ERROR" in line or "CRITICAL" in line]
     complete = (target / "_build" / "html" / _HOME).is_file()
-    if (done.returncode or not complete) and not found:
-        found = [f"jupyter-book ended with {done.returncode}", *lines[-20:]]
+    if (code or not complete) and not found:
+        found = [f"jupyter-book ended with {code}", *lines[-20:]]
     return list(dict.fromkeys(found))
 
 
@@ -141,14 +162,8 @@ def finish(html: Path) -> None:
     head = home.partition("<head>")[2].partition("</head>")[0]
     tags = [line.strip() for line in head.splitlines() if line.strip().startswith(("<meta", "<title"))]
     tags = [tag.replace("../_static/", "_static/") for tag in tags]
-    refresh = f'<meta http-equiv="refresh" content="0; url={_HOME}">'
-    body = f'<p><a href="{_HOME}">effnb: efficient deep learning, reproduced</a></p>'
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{refresh}\n'
-        + "\n".join(tags)
-        + f"\n</head>\n<body>{body}</body>\n"
-    )
-    (html / "index.html").write_text(page + "</html>\n")
+    page = verdicts.render("front_door.html", home=_HOME, tags=tags)
+    (html / "index.html").write_text(f"{page}\n")
     (html / ".nojekyll").touch()
 
 
@@ -176,44 +191,51 @@ def build(notebooks_dir: Path | None = None, results_dir: Path | None = None, ou
         addresses on other hosts.
     """
     notebooks, results = Path(notebooks_dir or root() / "notebooks"), Path(results_dir or committed_results())
-    out, work = Path(out or root() / "_build" / "html"), root() / "_build" / "site"
-    found = claims.check(results=results)
-    if not found:
-        try:
-            source = stage(notebooks, results, work / "source")
-        except ValueError as error:
-            found = [str(error)]
-    if not found:
-        shutil.rmtree(work / "output", ignore_errors=True)
-        found = render(source, work / "output", work / "build.log")
-    html = work / "output" / "_build" / "html"
-    if not found:
-        finish(html)
-        found = links.problems(html)
+    # A folder of its own for each build: two at once must not mix.
+    out, work = Path(out or root() / "_build" / "html"), root() / "_build" / f"site-{os.getpid()}"
+    found = check(results=results) + check(profile="study", results=_studies(results))
+    try:
+        if not found:
+            try:
+                source = stage(notebooks, results, work / "source")
+            except ValueError as error:
+                found = [str(error)]
+        if not found:
+            found = render(source, work / "output", root() / "_build" / "site.log")
+        html = work / "output" / "_build" / "html"
+        if not found:
+            finish(html)
+            found = links.problems(html)
+        if not found:
+            publish(html, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     if found:
         print("The site has problems:", *(f"  {line}" for line in found), sep="\n", file=sys.stderr)
-        return 1
-    publish(html, out)
-    return 0
+    return int(bool(found))
 
 
 def outdated(results_dir: Path | None = None) -> dict[Path, str]:
-    """The README and the committed pictures that do not show the results, with the text that they should have.
+    """Return the README and the committed pictures that do not show the results, with the text they should have.
 
     Args:
         results_dir: default the committed ``book/results/``.
     """
     results, static = Path(results_dir or committed_results()), root() / "book" / "_static"
-    found, readme = rows(root() / "notebooks", results), root() / "README.md"
-    texts = {static / name: picture for name, picture in _pictures(found).items()}
+    rows, readme = rows_of(root() / "notebooks", results), root() / "README.md"
+    texts = {static / name: picture for name, picture in scoreboard.pictures(rows).items()}
     if readme.is_file():
-        table = scoreboard.readme_table(found, performance.headline(_bench(results)))
-        texts[readme] = scoreboard.replace_block(readme.read_text(), table)
+        before, start, rest = readme.read_text().partition(TABLE_START)
+        _, end, after = rest.partition(TABLE_END)
+        if not (start and end):
+            raise ValueError(f"README.md must hold {TABLE_START} and {TABLE_END}")
+        table = scoreboard.readme_table(rows, performance.headline(_bench(results)))
+        texts[readme] = f"{before}{TABLE_START}\n{table}\n{TABLE_END}{after}"
     return {path: text for path, text in texts.items() if not path.is_file() or path.read_text() != text}
 
 
 def refresh(results_dir: Path | None = None) -> list[Path]:
-    """Bring the README's table and the committed pictures up to date with the results; returns the files it changed.
+    """Bring the README's table and the committed pictures up to date with the results; return the files changed.
 
     Args:
         results_dir: default the committed ``book/results/``.

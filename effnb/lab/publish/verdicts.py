@@ -190,6 +190,6 @@ _TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 _TEMPLATES.globals.update(
-    badge=badge, strip=strip, format_measured=format_measured, stated_verdict=stated_verdict, LOOKS=LOOKS
+    badge=badge, strip=strip, format_measured=format_measured, stated_verdict=stated_verdict, LOOKS=LOOKS, ORDER=ORDER
 )
 _TEMPLATES.filters.update(text=text, sentence=sentence)

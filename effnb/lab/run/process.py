@@ -1,5 +1,6 @@
 """Subprocesses: the one module that starts any."""
 
+import os
 import subprocess
 
 from effnb.lab.paths import root
@@ -12,3 +13,10 @@ def git(*arguments: str) -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def call(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Run a command with one thread and return its exit code and all that it printed."""
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root())} | environment
+    done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.returncode, done.stdout
