@@ -1,0 +1,6 @@
+"""Resumable work (to come)."""
+
+
+def resumable(function):
+    """Return the function."""
+    return function
