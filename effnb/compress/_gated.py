@@ -31,7 +31,8 @@ def select_layers(
 
     Raises:
         TypeError: ``exclude`` holds something else.
-        ValueError: nothing is left, an excluded name without a match, or a weight that :func:`check_plain` refuses.
+        ValueError: nothing is left, an excluded name without a match, or a weight that is parametrised already, not
+            initialised, or shared by two layers.
 
     >>> list(select_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)), exclude=["2"]))
     ['0']
@@ -168,8 +169,11 @@ class GatedLayers:
     def finalize(self) -> nn.Module:
         """Fold the gates into the weights and take them off; the handle is finished. Returns the plain model."""
         for name in self.gates:
+            layer, shared = self.layers[name], type(self.layers[name])
+            # torch will delete the property `weight` from the class, which deep copies of the model share: copy it too.
+            layer.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
             with torch.no_grad():
-                parametrize.remove_parametrizations(self.layers[name], "weight", leave_parametrized=True)
+                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
         self._gates, self.layers = {}, {}
         return self.model
 
@@ -189,6 +193,7 @@ def check_optimizer(handle: GatedLayers, optimizer: Optimizer) -> bool:
     >>> check_optimizer(handle, torch.optim.SGD(handle.param_groups(lr=0.1, weight_decay=1e-4)))
     True
     """
+    # By identity: `in` on a list of tensors would compare their entries.
     known = {id(p) for p in handle.gate_parameters()}
     groups = [group for group in optimizer.param_groups if any(id(p) in known for p in group["params"])]
     for group in groups:
