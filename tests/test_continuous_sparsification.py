@@ -1,5 +1,6 @@
 """Continuous sparsification: identities of the gate, its penalty, the schedule, the resets, and folding."""
 
+import copy
 import itertools
 import math
 import warnings
@@ -18,11 +19,10 @@ from effnb.compress import (
     apply_cs,
     check_optimizer,
     fit_s0,
-    gate_scale,
     hard_gate,
     soft_gate,
-    soft_gates,
 )
+from effnb.compress.continuous_sparsification.gates import gate_scale, soft_gates
 from effnb.models import SmallCNN, mlp
 
 scores0 = st.floats(-3, 3)
@@ -420,32 +420,36 @@ def test_hard_gates_get_no_gradient_and_the_mask_is_used():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: soft_gate(torch.ones(2), torch.ones(2), 0.0), "beta must be positive"),
-        (lambda: soft_gate(torch.ones(2), torch.ones(2), float("inf")), "beta must be positive"),
-        (lambda: soft_gate(torch.ones(2), torch.ones(2), 1.0, 0.0, -1e-9), "lam must be >= 0"),
+        (lambda: soft_gate(torch.ones(2), torch.ones(2), 0.0), "beta must be finite and > 0"),
+        (lambda: soft_gate(torch.ones(2), torch.ones(2), float("inf")), "beta must be finite and > 0"),
+        (lambda: soft_gate(torch.ones(2), torch.ones(2), 1.0, 0.0, -1e-9), "lam must be finite and >= 0"),
         (lambda: soft_gate(torch.ones(2), torch.ones(3), 1.0), "scores must have the weight's shape"),
         (lambda: soft_gates([torch.ones(2)], [], 1.0), "one tensor per weight"),
         (lambda: gate_scale(float("nan")), "s0 must be finite"),
-        (lambda: gate_scale(-16.0), "s0 must be finite and at least -15"),
-        (lambda: BetaSchedule(1), "total must be at least 2"),
-        (lambda: BetaSchedule(3, final=0.5), "final must be finite and at least 1"),
-        (lambda: BetaSchedule(3, granularity="batch"), "granularity must be"),
-        (lambda: BetaSchedule(3)(3), "index must lie in 0 .. 2"),
-        (lambda: Annealer(apply_cs(net()), 0, 5), "epochs and steps_per_epoch"),
-        (lambda: Annealer(apply_cs(net()), 2, 5, checkpoint_epoch=3), "checkpoint_epoch must be in"),
-        (lambda: fit_s0(lambda s: 0.5, 1.5), "target must be in"),
+        (lambda: gate_scale(-16.0), "s0 must be finite and >= -15"),
+        (lambda: BetaSchedule(1), "total must be >= 2"),
+        (lambda: BetaSchedule(3, final=0.5), "final must be finite and >= 1"),
+        (lambda: BetaSchedule(3, granularity="batch"), "granularity must be one of"),
+        (lambda: BetaSchedule(3)(3), "index must be finite, >= 0 and <= 2"),
+        (lambda: Annealer(apply_cs(net()), 0, 5), "epochs must be >= 1"),
+        (lambda: Annealer(apply_cs(net()), 2, 5, checkpoint_epoch=3), "checkpoint_epoch must be from 1 to 2"),
+        (lambda: fit_s0(lambda s: 0.5, 1.5), "target must be finite, > 0 and < 1"),
         (lambda: fit_s0(lambda s: 0.5, 0.2), "target must lie between"),
-        (lambda: fit_s0(lambda s: 0.5, 0.5, low=1, high=0), "low must be below high"),
-        (lambda: fit_s0(lambda s: 0.5, 0.5, max_runs=1), "max_runs must be"),
+        (lambda: fit_s0(lambda s: 0.5, 0.5, low=1, high=0), "high must be finite and > 1"),
+        (lambda: fit_s0(lambda s: 0.5, 0.5, max_runs=1), "max_runs must be >= 2"),
         (lambda: apply_cs(net(), s0=float("inf")), "s0 must be finite"),
-        (lambda: apply_cs(net(), lam=-1.0), "lam must be"),
-        (lambda: apply_cs(net(), min_keep=-1), "min_keep must be"),
+        (lambda: apply_cs(net(), lam=-1.0), "lam must be finite and >= 0"),
+        (lambda: apply_cs(net(), min_keep=-1), "min_keep must be >= 0"),
         (lambda: apply_cs(nn.ReLU()), "include must match"),
         (lambda: apply_cs(net(), exclude=["*"]), "include must match"),
         (lambda: apply_cs(apply_cs(net()).model), "parametrised already"),
-        (lambda: apply_cs(net()).set_beta(-1.0), "beta must be positive"),
-        (lambda: apply_cs(net()).end_round("soft"), "reset must be"),
-        (lambda: apply_cs(net()).hard(density=0.0), "density must be in"),
+        (lambda: apply_cs(net(), exclude=["3", "typo"]), r"exclude must match .* got 'typo'; near names"),
+        (lambda: apply_cs(SmallCNN(widths=(3, 4)), exclude=["features"]), r"exclude .* got 'features'; near names"),
+        (lambda: hard_gate(torch.ones(1), torch.tensor([math.nan])), "scores must not hold NaN"),
+        (lambda: Annealer(apply_cs(net()), 2, 0), "steps_per_epoch must be >= 1"),
+        (lambda: apply_cs(net()).set_beta(-1.0), "beta must be finite and > 0"),
+        (lambda: apply_cs(net()).end_round("soft"), "reset must be one of"),
+        (lambda: apply_cs(net()).hard(density=0.0), "density must be finite, > 0 and <= 1"),
         (lambda: apply_cs(nn.Sequential(nn.LazyLinear(3))), "must be initialised"),
     ],
 )
@@ -489,6 +493,46 @@ def test_exclude_by_name_pattern_and_type():
     model = SmallCNN(widths=(3, 4, 5))
     assert list(apply_cs(model, exclude=["head", "features.0"]).gates) == ["features.4", "features.8"]
     assert list(apply_cs(SmallCNN(widths=(3, 4)), exclude=[nn.Linear]).gates) == ["features.0", "features.4"]
+
+
+def test_exclude_takes_one_item_and_either_name_of_a_shared_layer():
+    assert list(apply_cs(net(), exclude="1").gates) == ["3"]
+    assert list(apply_cs(net(), exclude=[nn.Conv3d]).gates) == ["1", "3"]  # a type may match nothing
+    layer = nn.Linear(3, 3)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(3, 3)})
+    assert list(apply_cs(model, exclude=["b"]).gates) == ["c"]
+    with pytest.raises(TypeError, match="exclude must hold names and types"):
+        apply_cs(net(), exclude=[3])
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_copy_of_the_model_has_gates_of_its_own(foreach):
+    model, x = net(), torch.ones(2, 6)
+    handle = scatter_scores(apply_cs(model, foreach=foreach))
+    twin, before = copy.deepcopy(model), model(x)
+    handle.finalize(density=0.5)
+    assert torch.equal(twin(x), before)
+    twin(x).sum().backward()
+    assert all(p.grad is not None for p in twin.parameters())
+
+
+def test_a_diverged_search_has_no_ticket():
+    handle = scatter_scores(apply_cs(net()))
+    with torch.no_grad():
+        handle.gate_parameters()[1].fill_(math.nan)
+    with pytest.raises(ValueError, match="diverged"):
+        handle.hard()
+    assert not handle.is_hard
+
+
+def test_a_finished_handle_says_so():
+    handle = scatter_scores(apply_cs(net()))
+    handle.checkpoint()
+    handle.finalize()
+    calls = (handle.weights, handle.masks, handle.plain_state, handle.rewind, handle.penalty, handle.finalize)
+    for call in (*calls, handle.end_round, handle.gate_parameters, lambda: handle.beta, lambda: handle.set_beta(2.0)):
+        with pytest.raises(RuntimeError, match="finished"):
+            call()
 
 
 def test_weight_decay_on_gates_warns_once_by_itself():

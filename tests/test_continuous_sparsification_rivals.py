@@ -21,12 +21,10 @@ from effnb.compress import (
     apply_cs,
     apply_l0,
     apply_masks,
-    encodings,
     full_masks,
     global_magnitude_mask,
     gmp_sparsity,
     load_sparse,
-    magnitude_masks,
     magnitude_ticket_search,
     random_masks,
     save_sparse,
@@ -35,6 +33,7 @@ from effnb.compress import (
     ticket_search,
     top_k_masks,
 )
+from effnb.compress.continuous_sparsification.storage import encodings
 from effnb.lab.measure import data, train
 from effnb.models import SmallCNN, mlp
 
@@ -148,11 +147,14 @@ def test_gradual_pruner_ends_at_the_exact_density_with_nested_masks():
         assert all((after[n] <= before[n]).all() for n in before)
 
 
-def test_magnitude_masks_never_bring_back_what_is_masked():
+def test_pruning_by_magnitude_never_brings_back_what_is_masked():
     model = nn.Linear(3, 1)
     model.weight.data = torch.tensor([[5.0, 0.0, 1.0]])
     handle = apply_masks(model, {"": torch.tensor([[False, True, True]])})
-    assert magnitude_masks(handle, 2 / 3)[""].tolist() == [[False, True, True]]
+    handle.prune(2 / 3)
+    assert handle.masks()[""].tolist() == [[False, True, True]]
+    with pytest.raises(ValueError, match="density must be"):
+        handle.prune(2.0)
 
 
 # --- tickets ---------------------------------------------------------------------------------------------------------
@@ -346,21 +348,29 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: global_magnitude_mask(net(), 1.0), "sparsity must be in"),
+        (lambda: global_magnitude_mask(net(), 1.0), "sparsity must be finite, >= 0 and < 1"),
         (lambda: top_k_masks({}, 0.5), "scores must name"),
-        (lambda: top_k_masks({"a": torch.ones(2)}, 0.0), "density must be in"),
+        (lambda: top_k_masks({"a": torch.ones(2)}, 0.0), "density must be finite, > 0 and <= 1"),
         (lambda: top_k_masks({"a": torch.tensor([float("nan")])}, 0.5), "NaN"),
-        (lambda: top_k_masks({"a": torch.ones(2)}, 0.5, -1), "min_keep must be"),
-        (lambda: gmp_sparsity(-1, 5, 0.5), "step must be"),
-        (lambda: gmp_sparsity(1, 5, 1.0), "final and initial"),
-        (lambda: GradualPruner(apply_masks(net(), full_masks(net())), 0.5, 0), "end_step and every"),
+        (lambda: top_k_masks({"a": torch.ones(2)}, 0.5, -1), "min_keep must be >= 0"),
+        (lambda: gmp_sparsity(-1, 5, 0.5), "step must be finite and >= 0"),
+        (lambda: gmp_sparsity(1, 5, 1.0), "final must be finite, >= 0 and < 1"),
+        (lambda: GradualPruner(apply_masks(net(), full_masks(net())), 0.5, 0), "end_step must be >= 1"),
+        (lambda: gmp_sparsity(math.nan, 5, 0.5), "step must be finite"),
+        (lambda: gmp_sparsity(1, 5, 0.5, -0.1), "initial must be finite, >= 0 and < 1"),
+        (lambda: gmp_sparsity(1, 3, 0.5, start_step=3), "end_step must be finite and > 3"),
+        (lambda: GradualPruner(apply_masks(net(), full_masks(net())), 0.5, 1, 0), "every must be >= 1"),
+        (lambda: sparsify_linears(net(), ["nope"]), "names must be modules of the model, got 'nope'"),
         (lambda: apply_masks(net(), {}), "masks must name layers"),
         (lambda: apply_masks(net(), {"7": torch.ones(2, dtype=torch.bool)}), "masks must name layers"),
         (lambda: apply_masks(net(), {"1": torch.ones(2, dtype=torch.bool)}), "must have shape"),
         (lambda: apply_masks(net(), {"0": torch.ones(2, dtype=torch.bool)}), "parameter named weight"),
-        (lambda: ticket_search(net, train_round, 0), "rounds must be"),
-        (lambda: magnitude_ticket_search(net, train_round, 1, keep_ratio=0.0), "keep_ratio must be"),
-        (lambda: apply_l0(net(), lam=-1.0), "lam must be"),
+        (lambda: ticket_search(net, train_round, 0), "rounds must be >= 1"),
+        (
+            lambda: magnitude_ticket_search(net, train_round, 1, keep_ratio=0.0),
+            "keep_ratio must be finite, > 0 and <= 1",
+        ),
+        (lambda: apply_l0(net(), lam=-1.0), "lam must be finite and >= 0"),
         (lambda: SparseLinear(torch.ones(3), None), "weight must be a matrix"),
     ],
 )

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from effnb.compress.continuous_sparsification.layers import select_layers
+from effnb.compress._gated import select_layers
 
 from .digits import check_bits, quantize_weight, steps_per_unit
 from .gate import SmolGate, initial_scale

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from effnb.compress.continuous_sparsification.layers import select_layers
+from effnb.compress._gated import select_layers
 
 from .activation import SmolActivation, add_activations
 from .digits import check_bits
