@@ -23,7 +23,7 @@ def check_order(order: int) -> None:
 
 
 def walsh_matrix(order: int, dtype: torch.dtype | None = None) -> Tensor:
-    r"""Return the Walsh matrix :math:`S`: entries :math:`\pm 1`, row ``i`` changes sign exactly ``i`` times (sequency order).
+    r"""Return the Walsh matrix :math:`S`: entries :math:`\pm 1`, row ``i`` changes sign ``i`` times (sequency order).
 
     It is symmetric and :math:`S S^T = o I`. It is the natural Hadamard matrix with its rows permuted by the
     bit-reversed Gray code; in natural order, "low frequencies first" would be wrong.
