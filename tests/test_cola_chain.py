@@ -347,7 +347,7 @@ def test_bad_ranks(ranks):
 
 @pytest.mark.parametrize("alpha", [0, -2, math.nan, math.inf])
 def test_bad_alpha(alpha):
-    with pytest.raises(ValueError, match="alpha must be positive"):
+    with pytest.raises(ValueError, match="alpha must be finite and > 0"):
         make(problem()[0], alpha=alpha)
 
 

@@ -65,12 +65,12 @@ def test_counts_that_are_no_integers():
         ({"k": 16}, r"k must be in \[1, 15\]"),
         ({"order": 4, "k": 8}, r"k must be in \[1, 7\]"),
         ({"selection": "linf", "k": 9}, r"k must be in \[1, 8\]"),
-        ({"selection": "l2"}, "selection must be 'l1' or 'linf'"),
+        ({"selection": "l2"}, "selection must be one of 'l1', 'linf'"),
         ({"positions": [(0, 8)]}, r"positions must lie in \[0, 7\]"),
         ({"positions": [(-1, 0)]}, r"positions must lie in \[0, 7\]"),
         ({"positions": [(0, 1), (0, 1)]}, r"positions must not repeat, got \[\(0, 1\)\]"),
         ({"positions": []}, "positions must hold at least one"),
-        ({"padding": "replicate"}, "padding must be one of 'reflect', 'zero', 'orthonormal'; got 'replicate'"),
+        ({"padding": "replicate"}, "padding must be one of 'reflect', 'zero', 'orthonormal', got 'replicate'"),
     ],
 )
 def test_settings_out_of_range(options, message):

@@ -100,7 +100,7 @@ def test_state_dicts_copies_and_pickles(kind):
     assert list(layer.state_dict()) == list(plain.state_dict())
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(draw(*shape)), layer(draw(*shape)))
-        assert (twin.positions, twin.token_padding) == (layer.positions, "zero")
+        assert (twin.basis.positions, twin.basis.padding) == (layer.basis.positions, "zero")
     assert "m=6, padding='zero'" in repr(layer)
 
 
@@ -260,13 +260,13 @@ def test_which_layers_apply_takes():
     assert isinstance(model["mlp"]["fc1"], WalshLowRankConv1x1)
     assert model["mlp"]["fc2"].grid == (7, 7)
     assert apply_walsh_backprop(model, "mlp.fc2", k=5) == ["mlp.fc2"]  # new settings for a layer replaced before
-    assert len(model["mlp"]["fc2"].positions) == 15 and model["mlp"]["fc2"].grid is None
+    assert len(model["mlp"]["fc2"].basis.positions) == 15 and model["mlp"]["fc2"].grid is None
     embedding = nn.ModuleDict({"embed": nn.ModuleDict({"proj": nn.Conv2d(3, 4, 2), "act": nn.ReLU()})})
     with pytest.raises(ValueError, match="kernel_size must be 1"):
         apply_walsh_backprop(embedding, ["embed.proj"])
     with pytest.raises(TypeError, match=r"embed.act must be a linear layer"):
         apply_walsh_backprop(embedding, ["embed.act"])
-    with pytest.raises(ValueError, match=r"near: .*mlp\.fc2"):
+    with pytest.raises(ValueError, match=r"near names: .*fc2"):
         apply_walsh_backprop(model, ["fc3"])
     with pytest.raises(ValueError, match="near"):
         apply_walsh_backprop(nn.Linear(3, 3))

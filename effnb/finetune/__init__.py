@@ -1,53 +1,7 @@
 """Fine-tuning: adapters, chains of them and cheaper backward passes."""
 
-from effnb.finetune.cola import (
-    ChainOfLoRA,
-    FrankWolfeResult,
-    LoRALinear,
-    fit_chain,
-    frank_wolfe_low_rank,
-    greedy_rank_one,
-    inject_lora,
-    linear_decay,
-    split_steps,
-)
-from effnb.finetune.lbp_wht import (
-    WalshLowRankConv1x1,
-    WalshLowRankLinear,
-    apply_walsh_backprop,
-    dense_backward_cost,
-    lora_backward_cost,
-    lowrank_backprop_conv1x1,
-    lowrank_backprop_linear,
-    num_tiles,
-    token_projector,
-    walsh_backward_cost,
-    walsh_bases,
-    walsh_matrix,
-    walsh_positions,
-)
+from effnb.finetune import cola, lbp_wht
+from effnb.finetune.cola import *
+from effnb.finetune.lbp_wht import *
 
-__all__ = [
-    "ChainOfLoRA",
-    "FrankWolfeResult",
-    "LoRALinear",
-    "WalshLowRankConv1x1",
-    "WalshLowRankLinear",
-    "apply_walsh_backprop",
-    "dense_backward_cost",
-    "fit_chain",
-    "frank_wolfe_low_rank",
-    "greedy_rank_one",
-    "inject_lora",
-    "linear_decay",
-    "lora_backward_cost",
-    "lowrank_backprop_conv1x1",
-    "lowrank_backprop_linear",
-    "num_tiles",
-    "split_steps",
-    "token_projector",
-    "walsh_backward_cost",
-    "walsh_bases",
-    "walsh_matrix",
-    "walsh_positions",
-]
+__all__ = [*cola.__all__, *lbp_wht.__all__]

@@ -1,11 +1,8 @@
 """Low-rank adapters, chains of them, and the Frank-Wolfe view."""
 
-from effnb.finetune.cola.chain import ChainOfLoRA, ChainStateError
-from effnb.finetune.cola.fit import fit_chain, linear_decay, split_steps
+from effnb.finetune.cola.chain import ChainOfLoRA, ChainStateError, fit_chain, linear_decay, split_steps
 from effnb.finetune.cola.frank_wolfe import FrankWolfeResult, frank_wolfe_low_rank, greedy_rank_one
-from effnb.finetune.cola.inject import inject_lora
-from effnb.finetune.cola.lora import LoRALinear
-from effnb.finetune.cola.merge import AdapterError
+from effnb.finetune.cola.lora import AdapterError, LoRALinear, inject_lora
 
 __all__ = [
     "AdapterError",

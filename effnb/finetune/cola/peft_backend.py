@@ -7,10 +7,16 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from effnb.finetune.cola.backends import restore_flags
-from effnb.finetune.cola.inject import check_untied
-from effnb.finetune.cola.lora import draw_factors_
-from effnb.finetune.cola.merge import AdapterError, check_alpha, check_base, check_sum, round_into_
+from effnb.common import check_number
+from effnb.finetune.cola.lora import (
+    AdapterError,
+    check_base,
+    check_sum,
+    check_untied,
+    draw_factors_,
+    restore_flags,
+    round_into_,
+)
 
 # Options of peft with which the update is not s B A, or the start is not the base model.
 REFUSED = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters")
@@ -175,4 +181,5 @@ def check_config(model: nn.Module, config: Any) -> None:
 
 def scale_of(config: Any) -> float:
     """The scale that peft derives from a config."""
-    return check_alpha(config.lora_alpha) / (math.sqrt(config.r) if config.use_rslora else config.r)
+    check_number("alpha", config.lora_alpha, gt=0)
+    return config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)

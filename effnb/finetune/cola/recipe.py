@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effnb.finetune.cola.chain import ChainOfLoRA
-from effnb.finetune.cola.fit import fit_chain, linear_decay
+from effnb.finetune.cola.chain import ChainOfLoRA, fit_chain, linear_decay
 
 
 def read_examples(path: str | Path) -> list[dict[str, Any]]:
