@@ -211,6 +211,59 @@ def test_shared_parameters_leave_the_fast_path():
     torch.testing.assert_close(per_sample_jacobian(model, names, x), oracle.jacobian(model, names, x))
 
 
+class NormAct(nn.BatchNorm2d):
+    """As in timm: batch norm and activation in one module."""
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def test_a_subclass_with_a_forward_of_its_own_leaves_the_fast_path():
+    for first, last, which in ((NormAct, nn.Linear, "bn"), (nn.BatchNorm2d, Doubled, "head")):
+        layers = nn.Conv2d(1, 4, 3), first(4), nn.Flatten(), last(64, 3)
+        model, x = oracle.randomised(nn.Sequential(*layers)), oracle.images(3)[0]
+        names = peft_parameters(model, which)
+        torch.testing.assert_close(per_sample_jacobian(model, names, x), oracle.jacobian(model, names, x))
+        with pytest.raises(ValueError, match="torch's norm layers"):
+            per_sample_jacobian(model, names, x, method="norm_affine")
+
+
+def test_a_forward_put_on_the_instance_leaves_the_fast_path():
+    model, x = oracle.convnet(), oracle.images(3)[0]
+    plain = model.bn1.forward
+    model.bn1.forward = lambda x: plain(x).sinh()
+    loop = per_sample_jacobian(model, "bn", x, method="loop")  # a deep copy would call the first model's forward
+    torch.testing.assert_close(per_sample_jacobian(model, "bn", x), loop)
+
+
+def test_the_fast_path_stands_in_front_of_hooks():
+    model, x = oracle.convnet(), oracle.images(3)[0]
+    model.bn1.register_forward_hook(lambda m, args, out: out.sinh())
+    names = peft_parameters(model, "bn+head")
+    loop = per_sample_jacobian(model, names, x, method="loop")
+    torch.testing.assert_close(per_sample_jacobian(model, names, x, method="norm_affine"), loop)
+
+
+def test_a_parameter_without_axes():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor, self.head = nn.Parameter(torch.tensor(2.0)), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.factor * x)
+
+    model, x = oracle.randomised(Scaled()), torch.randn(3, 4, dtype=torch.float64)
+    for method in ("loop", "vmap"):
+        found = per_sample_jacobian(model, "all", x, method=method)
+        torch.testing.assert_close(found, oracle.jacobian(model, peft_parameters(model, "all"), x))
+
+
 def test_auto_falls_back_where_rows_are_not_samples():
     class Folded(nn.Module):
         def __init__(self):

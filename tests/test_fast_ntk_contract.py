@@ -209,6 +209,8 @@ def test_nan_in_the_jacobian(model, data, method):
         ({"dtype": torch.float16}, ValueError, "dtype must be one of"),
         ({"loss": "ce", "centred": True}, ValueError, "centred"),
         ({"method": "fast"}, ValueError, "method must be one of"),
+        ({"chunk_size": 0}, ValueError, "chunk_size"),
+        ({"memory_budget": 0}, ValueError, "memory_budget"),
         ({"init_state": {}}, ValueError, "init_state must hold every name"),
         ({"init_state": None}, TypeError, "init_state"),
     ],
@@ -264,6 +266,15 @@ def test_requests_need_sums(model, data):
     with pytest.raises(ValueError, match="at least one sample"):
         fresh.fit([])
     assert fresh.count == 0
+
+
+def test_a_fit_that_fails_leaves_no_sums(model, data):
+    ready = fitted(model, data)
+    with pytest.raises(ValueError, match="labels"):
+        ready.fit((data[0], data[1] + 9))
+    assert ready.count == 0
+    with pytest.raises(ValueError, match="fit must be called first"):
+        ready.delta(part(data, 0))
 
 
 def test_more_to_forget_than_was_fitted(model, data):

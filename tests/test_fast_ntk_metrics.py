@@ -106,7 +106,7 @@ def test_retraining_starts_from_w0_with_the_same_order(blobs, tuned):
 BASELINES = {
     "finetune": lambda m, i, r, f: finetune(m, PARAMS, r, init_state=i, **OPTIONS),
     "retrain": lambda m, i, r, f: retrain(m, PARAMS, r, init_state=i, **OPTIONS),
-    "max_loss": lambda m, i, r, f: max_loss(m, PARAMS, r, f, init_state=i, **OPTIONS),
+    "max_loss": lambda m, i, r, f: max_loss(m, PARAMS, r, f, init_state=i, alpha=0.05, **OPTIONS),
     "random_label": lambda m, i, r, f: random_label(m, PARAMS, r, f, init_state=i, **OPTIONS),
 }
 
@@ -136,10 +136,10 @@ def test_baselines_forget(blobs, tuned):
 
 
 def test_random_labels_are_never_the_own_one(blobs, tuned, monkeypatch):
-    from effnb.unlearn.fast_ntk import baselines
+    from effnb.unlearn.fast_ntk import training
 
     seen = {}
-    monkeypatch.setattr(baselines, "finetune", lambda m, p, data, **options: seen.update(y=data[1], **options))
+    monkeypatch.setattr(training, "finetune", lambda m, p, data, **options: seen.update(y=data[1], **options))
     _, _, retain, _ = blobs
     forget = torch.zeros(3000, 1, 6, 6), torch.full((3000,), 3)
     random_label(tuned[0], PARAMS, retain, forget, seed=5, weight_decay=0.1)
@@ -197,6 +197,26 @@ def test_bad_data_for_training(blobs):
         max_loss(init, PARAMS, retain, forget, alpha=-1.0, **options)
     with pytest.raises(ValueError, match="eval mode"):
         finetune(copy.deepcopy(init).train(), PARAMS, (x, y), **options)
+
+
+def test_weights_that_do_not_stay_finite(blobs):
+    init, (x, y), retain, forget = blobs
+    options = {**OPTIONS, "init_state": init}
+    for call in (finetune, retrain):
+        with pytest.raises(ValueError, match=r"weights finite.*lower lr \(1e\+30\)"):
+            call(init, PARAMS, (x, y), **{**options, "lr": 1e30})
+    with pytest.raises(ValueError, match="weights finite"):
+        max_loss(init, PARAMS, retain, forget, **options)  # alpha = 1: the ascent wins
+    bad = x.clone()
+    bad[7, 0, 0, 0] = float("nan")
+    for call in (finetune, retrain):
+        with pytest.raises(ValueError, match="data must be finite"):
+            call(init, PARAMS, (bad, y), **options)
+    for call in (max_loss, random_label):
+        with pytest.raises(ValueError, match="retain must be finite"):
+            call(init, PARAMS, (bad, y), forget, **options)
+        with pytest.raises(ValueError, match="forget must be finite"):
+            call(init, PARAMS, retain, (bad, y), **options)
 
 
 # ------------------------------------------------------------ direction
@@ -296,6 +316,21 @@ def test_metrics_restore_the_mode(blobs, tuned):
     assert model.training and model.bn2.training and not model.bn1.training and state_hash(model) == state
 
 
+def test_metrics_of_models_that_are_not_finite(blobs, tuned):
+    x = blobs[1][0]
+    broken = copy.deepcopy(tuned[0])
+    with torch.no_grad():
+        broken.head.weight[0, 0] = float("nan")
+    for call in (
+        lambda: activation_distance(broken, tuned[1], x),
+        lambda: output_distance(broken, tuned[1], tuned[0], x),
+        lambda: parameter_distance(broken, tuned[1], tuned[0]),
+        lambda: update_cosine(broken, tuned[1], tuned[0]),
+    ):
+        with pytest.raises(ValueError, match="must be finite, got weights or outputs"):
+            call()
+
+
 # ------------------------------------------------------------ relearning
 
 
@@ -331,6 +366,19 @@ def test_relearn_time_by_hand():
 def test_bad_relearning(blobs, tuned, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         relearn_time(tuned[0], blobs[1], blobs[3], 0.0, **options)
+
+
+def test_relearning_that_is_not_finite(blobs, tuned):
+    _, (x, y), _, forget = blobs
+    with pytest.raises(ValueError, match="original must be finite, got nan"):
+        relearn_time(tuned[0], (x, y), forget, float("nan"))
+    with pytest.raises(ValueError, match="tolerance must be finite"):
+        relearn_time(tuned[0], (x, y), forget, 0.0, tolerance=float("nan"))
+    with pytest.raises(TypeError, match="original must be a number"):
+        relearn_time(tuned[0], (x, y), forget, "original")
+    for options, data in (({"lr": 1e30}, (x, y)), ({}, (x / 0, y))):
+        with pytest.raises(ValueError, match="loss on forget must be finite"):
+            relearn_time(tuned[0], data, forget, 0.0, **options)
 
 
 def test_censored_integers():
@@ -376,8 +424,19 @@ def test_the_balanced_attack():
     assert by_mse.auc == 0.0  # logits of 5 are far from one-hot
 
 
+def test_the_attack_leaves_the_global_streams_alone(blobs, tuned):
+    _, data, retain, forget = blobs
+    before, torch_before = np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    membership_inference(tuned[0], retain, data, forget)
+    after = np.random.get_state()  # noqa: NPY002
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(torch.get_rng_state(), torch_before)
+
+
 def test_bad_membership(blobs, tuned):
     _, (x, y), retain, forget = blobs
+    with pytest.raises(ValueError, match="finite outputs"):
+        membership_inference(tuned[0], retain, (x, y), forget, held_out=(x / 0, y))
     with pytest.raises(ValueError, match="loss"):
         membership_inference(tuned[0], retain, (x, y), forget, loss="l1")
     with pytest.raises(ValueError, match="forget must hold at least one sample"):

@@ -9,8 +9,8 @@ import torch
 
 from effnb.models import SmallCNN
 from effnb.unlearn import NTKUnlearner, ntk_delta, peft_parameters, retain_forget_split
-from effnb.unlearn.fast_ntk.steps import trapezium
-from effnb.unlearn.fast_ntk.sums import Sums
+from effnb.unlearn.fast_ntk.closed_form import Sums
+from effnb.unlearn.fast_ntk.unlearner import trapezium
 
 FORMS = ["newton-diff", "golatkar", "newton", "influence"]
 LAM = 0.05

@@ -1,53 +1,6 @@
 """Unlearning: remove what a model learnt from some of its samples without training it anew."""
 
-from effnb.unlearn.fast_ntk import (
-    MembershipInference,
-    NTKUnlearner,
-    PromptedViT,
-    RelearnTime,
-    SolveCost,
-    activation_distance,
-    empirical_ntk,
-    finetune,
-    iter_jacobian,
-    max_loss,
-    membership_inference,
-    ntk_delta,
-    output_distance,
-    parameter_distance,
-    peft_parameters,
-    per_sample_jacobian,
-    random_label,
-    relearn_time,
-    retain_forget_split,
-    retrain,
-    solve_cost,
-    update_cosine,
-    zero_class_row,
-)
+from effnb.unlearn import fast_ntk
+from effnb.unlearn.fast_ntk import *  # noqa: F403
 
-__all__ = [
-    "MembershipInference",
-    "NTKUnlearner",
-    "PromptedViT",
-    "RelearnTime",
-    "SolveCost",
-    "activation_distance",
-    "empirical_ntk",
-    "finetune",
-    "iter_jacobian",
-    "max_loss",
-    "membership_inference",
-    "ntk_delta",
-    "output_distance",
-    "parameter_distance",
-    "peft_parameters",
-    "per_sample_jacobian",
-    "random_label",
-    "relearn_time",
-    "retain_forget_split",
-    "retrain",
-    "solve_cost",
-    "update_cosine",
-    "zero_class_row",
-]
+__all__ = [*fast_ntk.__all__]

@@ -1,23 +1,27 @@
 """Fast-NTK: unlearning a parameter-efficient subset in closed form, with what it takes to judge the result."""
 
-from .baselines import max_loss, random_label, zero_class_row
-from .checks import retain_forget_split
-from .closed_form import SolveCost, ntk_delta, solve_cost
-from .jacobian import iter_jacobian, per_sample_jacobian
-from .kernel import empirical_ntk
-from .membership import MembershipInference, membership_inference
-from .metrics import (
+from effnb.unlearn.fast_ntk.closed_form import SolveCost, ntk_delta, solve_cost
+from effnb.unlearn.fast_ntk.jacobian import empirical_ntk, iter_jacobian, peft_parameters, per_sample_jacobian
+from effnb.unlearn.fast_ntk.metrics import (
+    MembershipInference,
     RelearnTime,
     activation_distance,
+    membership_inference,
     output_distance,
     parameter_distance,
     relearn_time,
     update_cosine,
 )
-from .prompt import PromptedViT
-from .subset import peft_parameters
-from .training import finetune, retrain
-from .unlearner import NTKUnlearner
+from effnb.unlearn.fast_ntk.training import (
+    PromptedViT,
+    finetune,
+    max_loss,
+    random_label,
+    retain_forget_split,
+    retrain,
+    zero_class_row,
+)
+from effnb.unlearn.fast_ntk.unlearner import NTKUnlearner
 
 __all__ = [
     "MembershipInference",

@@ -1,19 +1,138 @@
-"""Per-sample Jacobians over a subset of the parameters, in chunks that respect a memory budget."""
+"""Per-sample Jacobians over a subset of the parameters, in chunks that respect a memory budget; and their kernel."""
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from .checks import check_choice, check_inputs, check_model
-from .norm_affine import norm_affine, plan
-from .subset import resolve
+from effnb.common import check_choice, kind, near
 
-METHODS = ("auto", "vmap", "norm_affine", "loop")
+BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
+NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 MEMORY_BUDGET = 2**26
-Chunk = Callable[[Tensor], tuple[Tensor, Tensor]]
+Chunk = Callable[[Tensor], tuple[Tensor, Tensor]]  # inputs (n, ...) to outputs (n, K) and Jacobian (n, K, P)
+
+# ------------------------------------------------------------ subsets
+
+
+def head_of(model: nn.Module) -> nn.Linear:
+    """Return the classifier head: the last linear layer in the order of registration."""
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError("model must have a linear layer to have a head, got none")
+    return linear[-1]
+
+
+def _owned(model: nn.Module, kinds: tuple[type, ...]) -> set[int]:
+    """Return the ids of the parameters of all modules of some kinds."""
+    return {id(p) for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)}
+
+
+SUBSETS: dict[str, Callable[[nn.Module], set[int]]] = {
+    "bn": lambda model: _owned(model, BATCH_NORMS),
+    "norm": lambda model: _owned(model, NORMS),
+    "head": lambda model: {id(p) for p in head_of(model).parameters()},
+    "prompt": lambda model: {id(p) for n, p in model.named_parameters() if n.split(".")[-1].startswith("prompt")},
+    "all": lambda model: {id(p) for p in model.parameters()},
+}
+
+
+def peft_parameters(model: nn.Module, which: str | Callable[..., bool] = "bn+head") -> list[str]:
+    """Return the names of a parameter-efficient subset, in the order of ``model.named_parameters()``; at least one.
+
+    Args:
+        model: any module.
+        which: ``"bn"`` (affine parameters of batch norms), ``"norm"`` (of batch, layer, group, instance and RMS
+            norms), ``"head"`` (the last linear layer), ``"prompt"`` (parameters whose own name starts with
+            ``prompt``), ``"all"``, several of them joined by ``+`` such as ``"bn+head"``, or a predicate
+            ``which(name)`` or ``which(name, parameter)``.
+
+    Raises:
+        TypeError: ``which`` is neither a string nor callable.
+        ValueError: an unknown subset, or one that is empty for this model.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    >>> peft_parameters(model, "bn+head")
+    ['1.weight', '1.bias', '2.weight', '2.bias']
+    """
+    named = list(model.named_parameters())
+    if callable(which):
+        required = [q for q in inspect.signature(which).parameters.values() if q.default is q.empty]
+        names = [name for name, p in named if (which(name) if len(required) == 1 else which(name, p))]
+    elif isinstance(which, str):
+        parts = which.split("+")
+        if any(part not in SUBSETS for part in parts):
+            raise ValueError(f"which must be one of {', '.join(SUBSETS)}, joined by +, got {which!r}")
+        chosen = {part: SUBSETS[part](model) for part in parts}
+        for part, ids in chosen.items():
+            if not ids:
+                raise ValueError(f"which must select parameters of the model, got none for {part!r}")
+        names = [name for name, p in named if id(p) in set().union(*chosen.values())]
+    else:
+        raise TypeError(f"which must be a string or a predicate, got {kind(which)}")
+    if not names:
+        raise ValueError(f"which must select at least one parameter, got none for {which!r}")
+    return names
+
+
+def resolve(model: nn.Module, params: str | Callable[..., bool] | Iterable[str]) -> list[str]:
+    """Return checked names from a list of names or anything that :func:`peft_parameters` takes."""
+    known = dict(model.named_parameters())
+    names = peft_parameters(model, params) if isinstance(params, str) or callable(params) else list(params)
+    if not names:
+        raise ValueError("params must name at least one parameter, got none")
+    for name in names:
+        if name not in known:
+            hint = near(str(name), list(known))
+            raise ValueError(f"params must be names of model.named_parameters(), got {name!r}; {hint}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"params must be distinct, got {names}")
+    dtypes = {known[name].dtype for name in names}
+    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+        raise TypeError(f"params must be real floating-point parameters of one dtype, got {sorted(map(str, dtypes))}")
+    return names
+
+
+def flatten(values: Mapping[str, Tensor], names: list[str], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return the named tensors as one detached vector ``(P,)``."""
+    return torch.cat([values[name].detach().reshape(-1).to(dtype) for name in names])
+
+
+# ------------------------------------------------------------ checks
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise unless ``model`` is finite, in eval mode throughout, and no layer mixes the samples of a batch."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {kind(model)}")
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
+            raise ValueError(f"model must have running statistics in its batch norms, {name!r} has none")
+        if module.training:
+            dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+            found = "active dropout" if dropout else "a module in train mode"
+            raise ValueError(f"model must be in eval mode (call model.eval()), got {found}: {name or 'the model'!r}")
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ValueError(f"model must be finite, got NaN or infinity in {name!r}")
+
+
+def check_options(method: str, chunk_size: int | str, memory_budget: int) -> None:
+    """Raise unless the options of a Jacobian are in range."""
+    check_choice("method", method, METHODS)
+    size, rule = (1, "") if chunk_size == "auto" else (chunk_size, "'auto' or an integer >= 1")
+    for name, value, wanted in (
+        ("chunk_size", size, rule),
+        ("memory_budget", memory_budget, "an integer number of bytes >= 1"),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 class Probe(NamedTuple):
@@ -25,7 +144,7 @@ class Probe(NamedTuple):
 
 
 def probe(model: nn.Module, values: dict[str, Tensor], x: Tensor) -> Probe:
-    """Run one sample; raises if the output is not ``(1, K)`` or the model draws random numbers."""
+    """Run one sample; raise if the output is not ``(1, K)`` or the model draws random numbers."""
     sizes = [x[:1].numel()]
     leaves = [m for m in model.modules() if not any(m.children())]
     handles = [m.register_forward_hook(lambda m, i, o: sizes.append(getattr(o, "numel", int)())) for m in leaves]
@@ -36,33 +155,31 @@ def probe(model: nn.Module, values: dict[str, Tensor], x: Tensor) -> Probe:
     finally:
         for handle in handles:
             handle.remove()
+        # Functional dropout shows in no module's flag, but it moves the stream.
         drawn = not torch.equal(before, torch.get_rng_state())
         torch.set_rng_state(before)
     if drawn:
         raise ValueError("model must be deterministic, got one that draws random numbers (dropout active?)")
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != 1:
-        shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"model must map (n, ...) to outputs (n, K), got {shape} for one sample")
+        raise ValueError(f"model must map (n, ...) to outputs (n, K), got {kind(out)} for one sample")
     if not out.is_floating_point():
         raise TypeError(f"model must have floating-point outputs, got {out.dtype}")
     return Probe(out.shape[1], sum(sizes), max(sizes))
 
 
 def sample_bytes(method: str, cost: Probe, parameters: int, itemsize: int) -> int:
-    """Estimate of the peak bytes a sample: its Jacobian, the graph, and the gradients in flight."""
-    graph = 3 * cost.activations
-    flight = 4 * cost.largest
+    """Return an estimate of the peak bytes a sample: its Jacobian, the graph, and the gradients in flight."""
+    graph, flight = 3 * cost.activations, 4 * cost.largest
     if method == "vmap":  # all K cotangents travel at once, and the rows are assembled from parts
         return itemsize * (cost.outputs * (2 * parameters + flight) + graph)
     return itemsize * (cost.outputs * parameters + flight + graph)
 
 
-def _flat(parts: Iterable[Tensor], lead: int) -> Tensor:
-    return torch.cat([part.flatten(lead) for part in parts], dim=lead)
+# ------------------------------------------------------------ three ways to the same Jacobian
 
 
 def vmapped(model: nn.Module, names: list[str], values: dict[str, Tensor]) -> Chunk:
-    """``vmap`` over samples of ``jacrev`` over the subset alone; the rest is closed over."""
+    """Return ``vmap`` over samples of ``jacrev`` over the subset alone; the rest is closed over."""
     subset = {name: values[name] for name in names}
     frozen = {name: value for name, value in values.items() if name not in subset}
 
@@ -74,39 +191,142 @@ def vmapped(model: nn.Module, names: list[str], values: dict[str, Tensor]) -> Ch
 
     def chunk(x: Tensor) -> tuple[Tensor, Tensor]:
         jac, out = both(subset, x)
-        return out.detach(), _flat((jac[name].flatten(2) for name in names), 2).detach()
+        return out.detach(), torch.cat([jac[name].reshape(*out.shape, -1) for name in names], 2).detach()
 
     return chunk
 
 
 def looped(model: nn.Module, names: list[str], values: dict[str, Tensor]) -> Chunk:
-    """Batches of one and ``K`` calls of ``autograd.grad`` each, as the official code does it."""
+    """Return the official way: batches of one and ``K`` calls of ``autograd.grad`` each."""
     leaves = {name: values[name].clone().requires_grad_() for name in names}
-
-    def row(out: Tensor, k: int) -> Tensor:
-        more = k + 1 < out.shape[1]
-        wanted = list(leaves.values())
-        grads = torch.autograd.grad(out[0, k], wanted, retain_graph=more, allow_unused=True, materialize_grads=True)
-        return _flat(grads, 0)
 
     @torch.enable_grad()
     def chunk(x: Tensor) -> tuple[Tensor, Tensor]:
-        outs, rows = [], []
-        for i in range(len(x)):
-            out = functional_call(model, {**values, **leaves}, (x[i : i + 1],))
-            rows.append(torch.stack([row(out, k) for k in range(out.shape[1])]))
-            outs.append(out[0].detach())
-        return torch.stack(outs), torch.stack(rows)
+        outs, jac = [], []
+        for sample in x.split(1):
+            out = functional_call(model, {**values, **leaves}, (sample,))[0]
+            for k in range(len(out)):
+                more = k + 1 < len(out)
+                grads = torch.autograd.grad(
+                    out[k], list(leaves.values()), retain_graph=more, allow_unused=True, materialize_grads=True
+                )
+                jac.append(torch.cat([grad.flatten() for grad in grads]))
+            outs.append(out.detach())
+        return torch.stack(outs), torch.stack(jac).view(len(x), len(out), -1)
+
+    return chunk
+
+
+class Layer(NamedTuple):
+    """One layer whose parameters are wanted: their column ranges in the Jacobian, ``None`` where not wanted."""
+
+    module: nn.Module
+    weight: slice | None
+    bias: slice | None
+
+
+def plan(model: nn.Module, names: list[str]) -> list[Layer]:
+    """Return the layers behind ``names``; raise where one is neither a norm's affine parameter nor the head's."""
+    columns, start, known = {}, 0, dict(model.named_parameters())
+    for name in names:
+        columns[name] = slice(start, start := start + known[name].numel())
+    head = head_of(model) if any(isinstance(m, nn.Linear) for m in model.modules()) else None
+    layers, seen = [], set()
+    for prefix, module in model.named_modules():
+        # A subclass with a forward of its own (timm's BatchNormAct2d) does not compute what its base class does.
+        own = type(module).forward.__module__.startswith("torch.nn.") and "forward" not in vars(module)
+        if own and (isinstance(module, NORMS) or module is head):
+            keys = [f"{prefix}.{part}" if prefix else part for part in ("weight", "bias")]
+            if any(key in columns for key in keys):
+                layers.append(Layer(module, *map(columns.get, keys)))
+                seen.update(keys)
+    if other := [name for name in names if name not in seen]:
+        raise ValueError(f"norm_affine needs parameters of torch's norm layers and the head only, got {other[0]!r}")
+    owners = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
+    if tied := [name for name in names if owners.count(id(known[name])) > 1]:
+        raise ValueError(f"norm_affine needs parameters that no other layer shares, got {tied[0]!r}")
+    return layers
+
+
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """Return what a norm layer multiplies by its weight."""
+    if isinstance(module, INSTANCE_NORMS):
+        own = not module.track_running_stats  # without running statistics it takes each sample's own, in eval mode too
+        return F.instance_norm(x, module.running_mean, module.running_var, use_input_stats=own, eps=module.eps)
+    if isinstance(module, BATCH_NORMS):
+        return F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, eps=module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return F.rms_norm(x, module.normalized_shape, eps=module.eps)
+    return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+
+
+def _per_sample(module: nn.Module, values: Tensor) -> Tensor:
+    """Return the sum over everything but samples and the norm's own axes, flat: ``(n, channels)``."""
+    last = isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    axes = range(1, values.ndim - len(module.normalized_shape)) if last else range(2, values.ndim)
+    # Without axes, `sum` would take all of them.
+    return (values.sum(tuple(axes)) if axes else values).flatten(1)
+
+
+def norm_affine(model: nn.Module, names: list[str], values: dict[str, Tensor]) -> Chunk:
+    """Return the fast path for norms and head: one forward, ``K`` backward passes, no graph for each sample.
+
+    In eval mode samples do not interact, so the gradient of ``outputs[:, k].sum()`` at a layer's output holds each
+    sample's own gradient; a product with the normalised input turns it into the row of that sample.
+    """
+    layers = plan(model, names)
+    size = sum(values[name].numel() for name in names)
+
+    def record(records: list, layer: Layer, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        x = args[0].detach()
+        factor = (normalised(module, x) if isinstance(module, NORMS) else x) if layer.weight else None
+        out = out if out.requires_grad else out.detach().requires_grad_()
+        records.append((layer, factor, out))
+        return out.clone()  # the network may go on in place (ReLU(inplace=True), out += shortcut)
+
+    @torch.enable_grad()
+    def chunk(x: Tensor) -> tuple[Tensor, Tensor]:
+        records: list[tuple[Layer, Tensor | None, Tensor]] = []
+        # In front of the user's own hooks: they may change what the layer returns.
+        handles = [m.module.register_forward_hook(partial(record, records, m), prepend=True) for m in layers]
+        try:
+            out = functional_call(model, values, (x,))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for layer, _, recorded in records:
+            if len(recorded) != len(x) or (isinstance(layer.module, nn.Linear) and recorded.ndim != 2):
+                raise ValueError(f"norm_affine needs layers that see one row a sample, got {kind(recorded)}")
+        jac = torch.zeros(len(x), out.shape[1], size, dtype=out.dtype, device=out.device)
+        targets = [recorded for *_, recorded in records]
+        for k in range(out.shape[1]):
+            more = k + 1 < out.shape[1]
+            grads = torch.autograd.grad(out[:, k].sum(), targets, retain_graph=more, allow_unused=True)
+            for (layer, factor, _), grad in zip(records, grads, strict=True):
+                if grad is None:
+                    continue
+                linear = isinstance(layer.module, nn.Linear)
+                # `+=`: a layer that the network calls twice has two records.
+                if layer.weight:
+                    each = (
+                        grad.unsqueeze(2) * factor.unsqueeze(1) if linear else _per_sample(layer.module, grad * factor)
+                    )
+                    jac[:, k, layer.weight] += each.flatten(1)
+                if layer.bias:
+                    jac[:, k, layer.bias] += grad if linear else _per_sample(layer.module, grad)
+        return out.detach(), jac
 
     return chunk
 
 
 KERNELS = {"vmap": vmapped, "norm_affine": norm_affine, "loop": looped}
+METHODS = ("auto", *KERNELS)
 
 
 def choose(model: nn.Module, names: list[str], method: str) -> str:
-    """``"norm_affine"`` where it applies, ``"vmap"`` elsewhere; a method asked for by name is kept."""
-    check_choice("method", method, METHODS)
+    """Return ``"norm_affine"`` where it applies, ``"vmap"`` elsewhere; a method asked for by name is kept."""
     if method != "auto":
         return method
     try:
@@ -116,9 +336,12 @@ def choose(model: nn.Module, names: list[str], method: str) -> str:
     return "norm_affine"
 
 
+# ------------------------------------------------------------ chunk by chunk
+
+
 def pairs(
     model: nn.Module,
-    params: Iterable[str],
+    params: str | Iterable[str],
     x: Tensor,
     *,
     method: str = "auto",
@@ -126,36 +349,40 @@ def pairs(
     memory_budget: int = MEMORY_BUDGET,
     point: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Outputs ``(n, K)`` and Jacobians ``(n, K, P)`` chunk by chunk; ``point`` overrides parameters by name."""
+    """Return outputs ``(n, K)`` and Jacobians ``(n, K, P)`` chunk by chunk; ``point`` overrides parameters by name.
+
+    All input is checked here, not at the first chunk.
+    """
     check_model(model)
     names = resolve(model, params)
-    check_inputs(x)
-    chosen = choose(model, names, method)
-    if chunk_size != "auto" and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be 'auto' or an integer >= 1, got {chunk_size!r}")
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int) or memory_budget < 1:
-        raise ValueError(f"memory_budget must be an integer number of bytes >= 1, got {memory_budget!r}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {kind(x)}")
+    if x.ndim < 1 or len(x) == 0:
+        raise ValueError(f"x must hold at least one sample, got {kind(x)}")
+    check_options(method, chunk_size, memory_budget)
+    # Detached, and put in by functional_call: the model's own flags and gradients play no part and stay as they are.
     values = {name: p.detach() for name, p in model.named_parameters()} | (point or {})
     cost = probe(model, values, x)
+    chosen = choose(model, names, method)
     kernel = KERNELS[chosen](model, names, values)
     if chunk_size == "auto":
         parameters, itemsize = sum(values[name].numel() for name in names), values[names[0]].element_size()
         chunk_size = max(1, memory_budget // sample_bytes(chosen, cost, parameters, itemsize))
-    return _run(kernel, chosen, method, x, chunk_size, (model, names, values))
 
+    def chunks(kernel: Chunk) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in x.split(chunk_size):
+            try:
+                out, jac = kernel(part)
+            except ValueError:
+                if method != "auto" or chosen != "norm_affine":
+                    raise
+                kernel = vmapped(model, names, values)  # a layer whose rows are not samples shows only in the forward
+                out, jac = kernel(part)
+            if not torch.isfinite(jac).all() or not torch.isfinite(out).all():
+                raise ValueError("Jacobian must be finite, got NaN or infinity")
+            yield out, jac
 
-def _run(kernel: Chunk, chosen: str, method: str, x: Tensor, size: int, parts: tuple) -> Iterator[tuple]:
-    for part in x.split(size):
-        try:
-            out, jac = kernel(part)
-        except ValueError:
-            if method != "auto" or chosen != "norm_affine":
-                raise
-            kernel = vmapped(*parts)  # a layer whose rows are not samples
-            out, jac = kernel(part)
-        if not torch.isfinite(jac).all() or not torch.isfinite(out).all():
-            raise ValueError("Jacobian must be finite, got NaN or infinity")
-        yield out, jac
+    return chunks(kernel)
 
 
 def iter_jacobian(
@@ -167,24 +394,14 @@ def iter_jacobian(
     chunk_size: int | str = "auto",
     memory_budget: int = MEMORY_BUDGET,
 ) -> Iterator[Tensor]:
-    """Per-sample Jacobians chunk by chunk, so that the whole never has to fit in memory.
+    """Return an iterator over chunks ``(n, K, P)`` of :func:`per_sample_jacobian`, which need not fit in memory.
 
     Args:
-        model: in eval mode, maps ``(n, ...)`` to ``(n, K)``.
-        params: names of parameters, or a subset for :func:`peft_parameters`.
-        x: inputs ``(N, ...)``, ``N`` >= 1.
-        method: see :func:`per_sample_jacobian`.
-        chunk_size: samples at once, or ``"auto"``.
-        memory_budget: bytes that ``"auto"`` may use, >= 1.
-
-    Returns:
-        An iterator over tensors ``(n, K, P)``; input is checked at once, not at the first chunk.
+        model, params, x, method, chunk_size, memory_budget: see :func:`per_sample_jacobian`.
 
     Raises:
-        TypeError: ``x`` or a parameter of a wrong type.
-        ValueError: see :func:`per_sample_jacobian`.
-
-    Reference: li2023fastntk
+        TypeError: see :func:`per_sample_jacobian`; at once, not at the first chunk.
+        ValueError: likewise.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).eval()
     >>> [tuple(j.shape) for j in iter_jacobian(model, "norm", torch.zeros(5, 4), chunk_size=2)]
@@ -203,7 +420,7 @@ def per_sample_jacobian(
     chunk_size: int | str = "auto",
     memory_budget: int = MEMORY_BUDGET,
 ) -> Tensor:
-    r"""Jacobian of every output of every sample, ``J[i, k] = d f_k(x_i) / d params``.
+    r"""Return the Jacobian of every output of every sample, ``J[i, k] = d f_k(x_i) / d params``, ``(N, K, P)``.
 
     The columns follow ``params``, each parameter flattened. The model's parameters, buffers, mode, ``requires_grad``
     flags and the global random state stay as they are.
@@ -212,14 +429,11 @@ def per_sample_jacobian(
         model: in eval mode, maps ``(n, ...)`` to ``(n, K)`` without mixing samples.
         params: names of parameters, or a subset for :func:`peft_parameters`.
         x: inputs ``(N, ...)``, ``N`` >= 1.
-        method: ``"vmap"`` (any subset), ``"norm_affine"`` (affine parameters of norm layers and the head only: one
-            forward and ``K`` backward passes), ``"loop"`` (one sample and one output at a time), or ``"auto"``
-            (``"norm_affine"`` where it applies, else ``"vmap"``).
+        method: ``"vmap"`` (any subset), ``"norm_affine"`` (affine parameters of torch's own norm layers and the head
+            only: one forward and ``K`` backward passes), ``"loop"`` (one sample and one output at a time), or
+            ``"auto"`` (``"norm_affine"`` where it applies, else ``"vmap"``).
         chunk_size: samples at once; ``"auto"`` takes as many as fit ``memory_budget``.
         memory_budget: bytes for the Jacobian of a chunk, the graph and the gradients in flight; an estimate.
-
-    Returns:
-        ``(N, K, P)`` in the model's dtype.
 
     Raises:
         TypeError: ``model``, ``x`` or a parameter of a wrong type.
@@ -227,14 +441,54 @@ def per_sample_jacobian(
             subset, outputs that are not ``(n, K)``, ``"norm_affine"`` with other parameters, a Jacobian that is not
             finite, or an option out of range.
 
-    Reference: li2023fastntk
-
     >>> model = nn.Linear(2, 3).eval()
     >>> per_sample_jacobian(model, ["bias"], torch.ones(4, 2))[0]
     tensor([[1., 0., 0.],
             [0., 1., 0.],
             [0., 0., 1.]])
     """
-    return torch.cat(
-        list(iter_jacobian(model, params, x, method=method, chunk_size=chunk_size, memory_budget=memory_budget))
-    )
+    options = {"method": method, "chunk_size": chunk_size, "memory_budget": memory_budget}
+    return torch.cat(list(iter_jacobian(model, params, x, **options)))
+
+
+def empirical_ntk(
+    model: nn.Module,
+    params: str | Iterable[str],
+    x1: Tensor,
+    x2: Tensor | None = None,
+    *,
+    trace: bool = False,
+    method: str = "auto",
+    chunk_size: int | str = "auto",
+    memory_budget: int = MEMORY_BUDGET,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    r"""Return the kernel blocks :math:`\Theta_{ij} = J(x_i) J(x_j)^\top`, ``(N1, N2, K, K)``.
+
+    ``theta.transpose(1, 2).reshape(N1 * K, N2 * K)`` is the Gram matrix of the Jacobian's rows.
+
+    Args:
+        model, params, method, chunk_size, memory_budget: see :func:`per_sample_jacobian`.
+        x1: inputs ``(N1, ...)``.
+        x2: inputs ``(N2, ...)``; ``x1`` if not given.
+        trace: return the trace of each block instead of the block, ``(N1, N2)``.
+        dtype: of the products; float32 Jacobians are cast before they are multiplied.
+
+    Raises:
+        TypeError: see :func:`per_sample_jacobian`.
+        ValueError: see :func:`per_sample_jacobian`.
+
+    Reference: jacot2018neural, novak2022fast
+
+    >>> empirical_ntk(nn.Linear(2, 1).eval(), "all", torch.tensor([[1.0, 2.0]])).flatten()  # |x|^2 + 1
+    tensor([6.], dtype=torch.float64)
+    """
+    options = {"method": method, "chunk_size": chunk_size, "memory_budget": memory_budget}
+    second = torch.cat([jac.to(dtype) for jac in iter_jacobian(model, params, x1 if x2 is None else x2, **options)])
+    # The first side is never whole in memory, unless it is the second one.
+    first = [second] if x2 is None else (jac.to(dtype) for jac in iter_jacobian(model, params, x1, **options))
+    if trace:
+        return torch.cat([jac.flatten(1) @ second.flatten(1).T for jac in first])
+    outputs = second.shape[1]
+    grams = [jac.flatten(0, 1) @ second.flatten(0, 1).T for jac in first]
+    return torch.cat(grams).view(-1, outputs, len(second), outputs).transpose(1, 2).contiguous()
