@@ -81,6 +81,7 @@ def shuffled_bits(bits: Mapping[str, Tensor], generator: torch.Generator, within
         raise ValueError("bits must hold at least one layer, got none")
 
     def permuted(flat: Tensor) -> Tensor:
+        # Drawn where the generator lives: one seed gives one order on every device.
         order = torch.randperm(flat.numel(), generator=generator, device=generator.device)
         return flat[order.to(flat.device)]
 
@@ -175,6 +176,7 @@ def greedy_layer_bits(
                 lower = levels[levels.index(bits) - 1]
                 rise = loss_at(chosen | {name: lower}) - now
                 tried[name] = (rise / (sizes[name] * (bits - lower)), lower)
+        # A loss may fall with fewer bits: such a layer goes first.
         best = min(tried, key=lambda name: tried[name][0])
         chosen[best] = tried[best][1]
     return chosen
@@ -208,6 +210,7 @@ def optimal_limits(curvature: Tensor, lam: float, noise: str = "uniform") -> Ten
     if curvature.numel() and not bool((curvature >= 0).all()):  # infinite is fine: such a weight tolerates no noise
         raise ValueError(f"curvature must be >= 0 everywhere, got {float(curvature.min())}")
     strength = 3.0 / NOISE_POWER[noise]
+    # Without curvature sigma is infinite, and the clamp makes it 1.
     return torch.sqrt(strength * lam / (curvature * LN2)).clamp(max=1.0)
 
 
@@ -249,6 +252,7 @@ def fisher_diagonal(losses: Tensor, weights: list[Tensor]) -> list[Tensor]:
     if losses.ndim != 1 or len(losses) == 0:
         raise ValueError(f"losses must be one per example, (n,), got {tuple(losses.shape)}")
     total = [torch.zeros_like(w) for w in weights]
+    # Example by example: the square of a sum would mix them.
     for i, loss in enumerate(losses):
         grads = torch.autograd.grad(loss, weights, retain_graph=i + 1 < len(losses))
         torch._foreach_add_(total, [g.square() / len(losses) for g in grads])

@@ -170,6 +170,7 @@ class SmolGate(nn.Module):
     @torch.no_grad()
     def clip_(self, w: Tensor) -> None:
         """Clip a weight in place to ``|w| <= a * (2 - sigma)``, where noise cannot leave the range of the codes."""
+        # A tensor of our own in either case, free to be overwritten.
         limit = torch.full_like(self.s, 2.0) if self.is_frozen else self.limits().neg_().add_(2.0)
         limit = self.groups.expand(limit.to(w.dtype))
         scale = self._factor(w)
@@ -179,6 +180,7 @@ class SmolGate(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return phase, penalty and noise as one float64 tensor, for ``state_dict``."""
+        # A tensor, since torch.load(weights_only=True) takes nothing else.
         return torch.tensor([self.is_frozen, self.lam, self.noise == "rademacher"], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -73,7 +73,7 @@ class SmolHandle(GatedLayers):
 
     def __init__(self, model: nn.Module, gates: Mapping[str, SmolGate]) -> None:
         super().__init__(model, gates)
-        self.activations: dict[str, SmolActivation] = {}
+        self.activations: dict[str, SmolActivation] = {}  # set by apply_smol
         if not self.is_frozen:
             self.clip_()
             watch_decay(self)
@@ -87,7 +87,7 @@ class SmolHandle(GatedLayers):
         """Whether the bits are fixed (phase II)."""
         return all(gate.is_frozen for gate in self._all())
 
-    is_fixed = is_frozen
+    is_fixed = is_frozen  # the base's name for it: frozen limits are safe from weight decay
 
     def precision_parameters(self) -> list[nn.Parameter]:
         """Return the limits ``s``; for Adam **without** weight decay, which would pull every weight to 2 bits."""
@@ -133,6 +133,7 @@ class SmolHandle(GatedLayers):
 
     def cost(self) -> BitCost:
         """Return bits per weight: payload, entropy of the map of bits (which must be stored too), and their sum."""
+        # The map is stored once per group, and its price shared by the weights of the group.
         index = {name: map_entropy(g.group_bits()) * g.bits.numel() / g.groups.numel for name, g in self.gates.items()}
         return BitCost(self.average_bits(), self._mean(index))
 
@@ -163,6 +164,7 @@ class SmolHandle(GatedLayers):
             raise ValueError(f"p_min must not exceed p_max={p_max}, got {p_min}")
         capped = raised = 0
         for gate in self.gates.values():
+            # Counted before the cut; no learned limit stands for 99 bits.
             free, sizes = gate.group_bits(rounding, 1, 99), gate.groups.sizes(gate.s)
             capped += int(((free > p_max) * sizes).sum())
             raised += int(((free < p_min) * sizes).sum())
@@ -248,6 +250,7 @@ def apply_smol(
     added = {name: SmolActivation(channels, **options).to(device) for name, channels in (activations or {}).items()}
     handle = SmolHandle(model, gates)
     for name, layer in added.items():
+        # The handle keeps layers, not only names, since a gated layer itself may move into the Sequential.
         parent, _, child = name.rpartition(".")
         module = model.get_submodule(name)
         setattr(model.get_submodule(parent), child, nn.Sequential(module, layer.train(module.training)))

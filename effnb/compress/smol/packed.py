@@ -77,6 +77,7 @@ class QuantizedTensor:
 
     def dequantize(self) -> Tensor:
         """Return the weight, shape and type of ``u``."""
+        # By way of fp32, which files hold: else a file would not give back the same bits.
         scale = torch.as_tensor(self.scale, dtype=torch.float32).to(self.u.dtype)
         return quantize_pm1(self.u.detach(), self.bits) * scale.to(self.u.device)
 
@@ -139,7 +140,7 @@ def _decode(entry: Entry) -> Tensor:
     """Inverse of :func:`_encode`: the tensor, a quantised one as the weight itself."""
     dtype, size = getattr(torch, entry.dtype), math.prod(entry.shape)
     if entry.kind == "raw":
-        data = bytearray(entry.parts[0])
+        data = bytearray(entry.parts[0])  # a copy: a tensor must not write into the file's bytes
         if len(data) != size * dtype.itemsize:
             raise ValueError(f"{entry.name!r} must have {size} entries of {dtype}: the file is damaged")
         flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
@@ -326,6 +327,7 @@ def pack(model_or_tensors: nn.Module | Mapping[str, QuantizedTensor | Tensor | t
             if not gate.is_frozen:
                 raise ValueError(f"bits of layer {name!r} must be fixed before packing: call freeze()")
             prefix = f"{name}.".removeprefix(".")
+            # Fine-tuning may have moved a weight out of range; its code is the last one all the same.
             u = (w / gate.scale.to(w.dtype)).clamp(-2, 2)
             items[f"{prefix}weight"] = QuantizedTensor(u, gate.weight_bits(), gate.scale, gate.groups.block)
             hidden.append(f"{prefix}parametrizations.weight.")
