@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from effnb.compress import (
-    Groups,
     bits_from_s,
     codebook,
     draw_noise,
-    expected_noise_loss,
     fisher_diagonal,
     optimal_bits,
     optimal_limits,
@@ -24,7 +22,7 @@ from effnb.compress import (
     quantize_pm1,
     s_from_bits,
 )
-from effnb.compress.smol.noise import perturb_weight
+from effnb.compress.smol.noise import NOISE_POWER, Groups, perturb_weight
 from effnb.models import mlp
 
 GRANULARITIES = ["weight", "filter", "input", "layer", ("block", 4), ("block", 5)]
@@ -134,7 +132,7 @@ def test_more_limit_fewer_bits():
     for k in range(2, 17):
         assert bits_from_s(-math.log(2 ** (k - 1) - 1)) == pytest.approx(k, rel=1e-12)
     for bad in (1.0, 0.0, math.inf, torch.tensor([2.0, 1.0])):
-        with pytest.raises(ValueError, match="p must be above 1"):
+        with pytest.raises(ValueError, match="p must be finite and > 1"):
             s_from_bits(bad)
 
 
@@ -224,12 +222,12 @@ def test_a_noisy_linear_layer_is_unbiased():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lam": -1e-9}, "lam must be >= 0"),
-        ({"lam": math.nan}, "lam must be >= 0"),
+        ({"lam": -1e-9}, "lam must be finite and >= 0"),
+        ({"lam": math.nan}, "lam must be finite and >= 0"),
         ({"noise": "normal"}, "noise must be one of"),
-        ({"scale": 0.0}, "scale must be positive"),
-        ({"scale": math.inf}, "scale must be positive"),
-        ({"scale": torch.tensor([[1.0], [-1.0]])}, "scale must be positive"),
+        ({"scale": 0.0}, "scale must be finite and > 0"),
+        ({"scale": math.inf}, "scale must be finite and > 0"),
+        ({"scale": torch.tensor([[1.0], [-1.0]])}, "scale must be finite and > 0"),
         ({"s": torch.zeros(3)}, "s must broadcast"),
     ],
 )
@@ -239,6 +237,11 @@ def test_perturb_refuses_bad_input(options, message):
 
 
 # --- reverse water-filling -------------------------------------------------------------------------------------------
+
+
+def expected_noise_loss(curvature, limits, noise):
+    """What noise adds to a quadratic loss on average: ``sum(H_i sigma_i^2) / 6``, ``/ 2`` if Rademacher."""
+    return (curvature * limits.square()).sum() * (NOISE_POWER[noise] / 6)
 
 
 @given(st.floats(1e-4, 1e4), st.floats(1e-6, 1e2), st.sampled_from(["uniform", "rademacher"]))

@@ -1,23 +1,20 @@
-"""What mixed precision must beat: one precision for all, precisions by layer, and its own bits handed out at random."""
+"""What mixed precision must beat, its own bits handed out at random, and the optimum of a quadratic loss."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from effnb.common import check_choice, check_number
 from effnb.compress._gated import select_layers
-
-from .digits import check_bits, quantize_weight, steps_per_unit
-from .gate import SmolGate, initial_scale
-from .handle import SmolHandle
-
-Bits = int | Mapping[str, int | Tensor]
+from effnb.compress.smol.gate import SmolGate, initial_scale
+from effnb.compress.smol.handle import SmolHandle
+from effnb.compress.smol.noise import LN2, NOISE_POWER, check_bits, check_broadcast, codes_per_unit, quantize_weight
 
 
 def uniform_qat(
     model: nn.Module,
-    bits: Bits,
+    bits: int | Mapping[str, int | Tensor],
     include: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear),
     exclude: Iterable[str | type[nn.Module]] = (),
     *,
@@ -45,25 +42,25 @@ def uniform_qat(
     >>> handle.average_bits(), len(handle.model.weight.abs().unique()) <= 2
     (2.0, True)
     """
-    layers = select_layers(model, include, exclude)
-    gates, fixed = {}, {}
+    layers, gates = select_layers(model, include, exclude), {}
+    for argument, given in (("bits", bits), ("scale", scale)):
+        for name in layers if isinstance(given, Mapping) else ():
+            if name not in given:
+                raise ValueError(f"{argument} must name every layer, got none for {name!r}")
     for name, layer in layers.items():
-        if isinstance(bits, Mapping) and name not in bits:
-            raise ValueError(f"bits must name every layer, got none for {name!r}")
-        fixed[name] = bits[name] if isinstance(bits, Mapping) else bits
-        check_bits(fixed[name], 8, "bits")
-        sharing = "weight" if isinstance(fixed[name], Tensor) and fixed[name].numel() > 1 else "layer"
-        own = scale[name] if isinstance(scale, Mapping) else scale
-        gates[name] = SmolGate(layer.weight, 8, sharing, scale=own)
-    for name, gate in gates.items():
-        wanted = torch.as_tensor(fixed[name], device=gate.bits.device)
-        shape = gate.bits.shape if wanted.numel() > 1 else ()
-        gate.freeze(wanted.broadcast_to(shape) if shape else wanted.reshape(()))
+        fixed = bits[name] if isinstance(bits, Mapping) else bits
+        check_bits(fixed, 8, "bits")
+        fixed = torch.as_tensor(fixed)
+        check_broadcast(f"bits of layer {name!r}", fixed.shape, layer.weight.shape)
+        # One number for all is kept as such: the quantiser is faster, and the map in a file is one byte.
+        sharing = "layer" if fixed.numel() == 1 else "weight"
+        gates[name] = SmolGate(layer.weight, 8, sharing, scale=scale[name] if isinstance(scale, Mapping) else scale)
+        gates[name].freeze(fixed)
     return SmolHandle(model, gates)
 
 
 def shuffled_bits(bits: Mapping[str, Tensor], generator: torch.Generator, within: bool = True) -> dict[str, Tensor]:
-    """The same histogram of bits, handed out at random: does it matter *which* weights get them?
+    """Return the same histogram of bits, handed out at random: does it matter *which* weights get them?
 
     Args:
         bits: layer's name to whole bits of every weight.
@@ -76,8 +73,6 @@ def shuffled_bits(bits: Mapping[str, Tensor], generator: torch.Generator, within
     Raises:
         ValueError: no layer.
 
-    Reference: savarese2022bits
-
     >>> new = shuffled_bits({"a": torch.tensor([1, 1, 2])}, torch.Generator().manual_seed(0))
     >>> new["a"].sort().values
     tensor([1, 1, 2])
@@ -86,6 +81,7 @@ def shuffled_bits(bits: Mapping[str, Tensor], generator: torch.Generator, within
         raise ValueError("bits must hold at least one layer, got none")
 
     def permuted(flat: Tensor) -> Tensor:
+        # Drawn where the generator lives: one seed gives one order on every device.
         order = torch.randperm(flat.numel(), generator=generator, device=generator.device)
         return flat[order.to(flat.device)]
 
@@ -97,7 +93,7 @@ def shuffled_bits(bits: Mapping[str, Tensor], generator: torch.Generator, within
 
 
 def layer_average_bits(bits: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Every layer as uniform as its own total allows: two neighbouring precisions, at random, same sum of bits.
+    """Return every layer as uniform as its own total allows: two neighbouring precisions, at random, same sum of bits.
 
     The control between uniform precision and a shuffle: it keeps only how many bits each *layer* got.
 
@@ -107,8 +103,6 @@ def layer_average_bits(bits: Mapping[str, Tensor], generator: torch.Generator) -
 
     Returns:
         Layer's name to bits, same shapes, same sum for each layer.
-
-    Reference: savarese2022bits
 
     >>> layer_average_bits({"a": torch.tensor([1, 1, 1, 5])}, torch.Generator().manual_seed(0))
     {'a': tensor([2, 2, 2, 2])}
@@ -123,21 +117,6 @@ def layer_average_bits(bits: Mapping[str, Tensor], generator: torch.Generator) -
     return found
 
 
-@contextmanager
-def _rounded(layers: Mapping[str, nn.Module], bits: Mapping[str, int], scales: Mapping[str, Tensor]):
-    saved = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    try:
-        with torch.no_grad():
-            for name, layer in layers.items():
-                density = steps_per_unit(bits[name], layer.weight)
-                layer.weight.copy_(quantize_weight(saved[name], density, scales[name].to(saved[name].dtype)))
-            yield
-    finally:
-        with torch.no_grad():
-            for name, layer in layers.items():
-                layer.weight.copy_(saved[name])
-
-
 def greedy_layer_bits(
     model: nn.Module,
     loss: Callable[[], float],
@@ -148,11 +127,11 @@ def greedy_layer_bits(
     exclude: Iterable[str | type[nn.Module]] = (),
     scale: str | float = "std",
 ) -> dict[str, int]:
-    """Mixed precision by layer: from the most bits, lower the layer whose loss rises least per bit saved, again.
+    """Return precisions by layer: from the most bits, lower the layer whose loss rises least per bit saved, again.
 
     Args:
         model: trained, plain; unchanged on return.
-        loss: computes the loss of ``model`` as it is, on fixed training or validation data.
+        loss: computes the loss of ``model`` as it is, on fixed training or validation data; no graph is built.
         budget: mean bits of a weight not to exceed.
         levels: precisions to choose from, 1 to 8.
         include: types of layers to take.
@@ -165,8 +144,6 @@ def greedy_layer_bits(
     Raises:
         ValueError: levels out of range, or a budget below the smallest level.
 
-    Reference: dong2019hawq
-
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     >>> greedy_layer_bits(model, lambda: float(model(torch.ones(1, 4)).sum()), budget=1.0)
     {'0': 1, '1': 1}
@@ -177,21 +154,106 @@ def greedy_layer_bits(
     if not levels or budget < levels[0]:
         raise ValueError(f"budget must be at least the smallest of levels {levels}, got {budget}")
     layers = select_layers(model, include, exclude)
-    scales = {name: initial_scale(layer.weight, scale) for name, layer in layers.items()}
+    scales = {name: initial_scale(layer.weight, scale).to(layer.weight.dtype) for name, layer in layers.items()}
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    chosen = dict.fromkeys(layers, levels[-1])
+    saved = {name: layer.weight.detach().clone() for name, layer in layers.items()}
 
-    def at(bits: Mapping[str, int]) -> float:
-        with _rounded(layers, bits, scales):
+    @torch.no_grad()
+    def loss_at(bits: Mapping[str, int]) -> float:
+        try:
+            for name, layer in layers.items():
+                layer.weight.copy_(quantize_weight(saved[name], codes_per_unit(bits[name], saved[name]), scales[name]))
             return loss()
+        finally:
+            for name, layer in layers.items():
+                layer.weight.copy_(saved[name])
 
+    chosen = dict.fromkeys(layers, levels[-1])
     while sum(sizes[name] * bits for name, bits in chosen.items()) > budget * sum(sizes.values()):
-        now, tried = at(chosen), {}
+        now, tried = loss_at(chosen), {}
         for name, bits in chosen.items():
             if bits > levels[0]:
                 lower = levels[levels.index(bits) - 1]
-                rise = at(chosen | {name: lower}) - now
+                rise = loss_at(chosen | {name: lower}) - now
                 tried[name] = (rise / (sizes[name] * (bits - lower)), lower)
+        # A loss may fall with fewer bits: such a layer goes first.
         best = min(tried, key=lambda name: tried[name][0])
         chosen[best] = tried[best][1]
     return chosen
+
+
+def optimal_limits(curvature: Tensor, lam: float, noise: str = "uniform") -> Tensor:
+    r"""Return the best noise limits for ``L = 1/2 sum(H_i u_i^2)``: ``sigma_i = min(1, sqrt(3 lam / (H_i ln 2)))``.
+
+    Reverse water-filling: noise of size ``sigma`` adds ``H sigma^2 / 6`` to the expected loss (``H sigma^2 / 2`` if
+    Rademacher, where 3 becomes 1) and saves ``lam log2(1 / sigma)``. Weights of small curvature drown: their limit is
+    1, one bit.
+
+    Args:
+        curvature: second derivatives ``H`` of the loss in the normalised weights, >= 0, any shape.
+        lam: price of a bit, > 0.
+        noise: ``"uniform"`` or ``"rademacher"``.
+
+    Returns:
+        Limits in (0, 1], shape of ``curvature``.
+
+    Raises:
+        ValueError: a negative curvature, ``lam`` not positive (free bits are never enough), unknown noise.
+
+    Reference: cover2006elements
+
+    >>> optimal_limits(torch.tensor([0.0, 3.0, 12.0]), lam=0.25 * 0.6931472)
+    tensor([1.0000, 0.5000, 0.2500])
+    """
+    check_choice("noise", noise, NOISE_POWER)
+    check_number("lam", lam, gt=0)
+    if curvature.numel() and not bool((curvature >= 0).all()):  # infinite is fine: such a weight tolerates no noise
+        raise ValueError(f"curvature must be >= 0 everywhere, got {float(curvature.min())}")
+    strength = 3.0 / NOISE_POWER[noise]
+    # Without curvature sigma is infinite, and the clamp makes it 1.
+    return torch.sqrt(strength * lam / (curvature * LN2)).clamp(max=1.0)
+
+
+def optimal_bits(curvature: Tensor, lam: float, noise: str = "uniform") -> Tensor:
+    r"""Return the bits of :func:`optimal_limits`, ``p_i = max(1, 1 + 1/2 log2(H_i ln 2 / (3 lam)))``.
+
+    Half a bit for every doubling of the curvature. Arguments and errors are those of :func:`optimal_limits`.
+
+    Args:
+        curvature: second derivatives, >= 0, any shape; the result has its shape.
+        lam: price of a bit, > 0.
+        noise: ``"uniform"`` or ``"rademacher"``.
+
+    Reference: cover2006elements
+
+    >>> optimal_bits(torch.tensor([0.0, 3.0, 6.0]), lam=0.25 * 0.6931472)
+    tensor([1.0000, 2.0000, 2.5000])
+    """
+    return 1 - torch.log2(optimal_limits(curvature, lam, noise))
+
+
+def fisher_diagonal(losses: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """Return mean squared gradients over examples, the empirical stand-in for curvature.
+
+    Args:
+        losses: one loss per example, ``(n,)``, with graph.
+        weights: tensors to differentiate.
+
+    Returns:
+        Tensors of the weights' shapes.
+
+    Raises:
+        ValueError: no example, or not one dimension.
+
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> fisher_diagonal(torch.stack([w[0], 3 * w[1]]), [w])
+    [tensor([0.5000, 4.5000])]
+    """
+    if losses.ndim != 1 or len(losses) == 0:
+        raise ValueError(f"losses must be one per example, (n,), got {tuple(losses.shape)}")
+    total = [torch.zeros_like(w) for w in weights]
+    # Example by example: the square of a sum would mix them.
+    for i, loss in enumerate(losses):
+        grads = torch.autograd.grad(loss, weights, retain_graph=i + 1 < len(losses))
+        torch._foreach_add_(total, [g.square() / len(losses) for g in grads])
+    return total

@@ -1,4 +1,4 @@
-"""SMOL for a whole model: put limits on, search, freeze the bits, fine-tune, finish."""
+"""SMOL for a whole model: put limits on, search, freeze the bits, fine-tune, finish; and what the bits cost."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -6,34 +6,55 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from effnb.compress._gated import select_layers
-
-from .activation import SmolActivation, add_activations
-from .digits import check_bits
-from .gate import SmolGate
-from .groups import Granularity
-from .guard import watch_weight_decay
-from .noise import NOISE_POWER, check_lam
-from .storage_cost import BitCost, map_entropy
+from effnb.common import check_choice, check_count, check_number, mode_restored
+from effnb.compress._gated import GatedLayers, check_optimizer, select_layers, watch_decay
+from effnb.compress.smol.gate import SmolActivation, SmolGate
+from effnb.compress.smol.noise import NOISE_POWER, Granularity, check_bits
 
 
 class Frozen(NamedTuple):
-    """What :meth:`SmolHandle.freeze` did: mean bits, and how many weights were cut to the range of bits.
-
-    Reference: savarese2022bits
-
-    >>> Frozen(2.5, 3, 0).capped
-    3
-    """
+    """What :meth:`SmolHandle.freeze` did: mean bits, and how many weights were cut to the range of bits."""
 
     average_bits: float
     capped: int  # wanted more than p_max
     raised: int  # wanted less than p_min
 
 
-class SmolHandle:
+class BitCost(NamedTuple):
+    """Bits per weight: ``payload`` (the digits) and ``index`` (the map of how many digits each weight has).
+
+    >>> BitCost(1.5, 0.25).total
+    1.75
+    """
+
+    payload: float
+    index: float
+
+    @property
+    def total(self) -> float:
+        """Payload and index."""
+        return self.payload + self.index
+
+
+def map_entropy(bits: Tensor) -> float:
+    r"""Return the entropy ``-sum(q log2 q)`` of the frequencies ``q`` of the values, in bits per entry.
+
+    Args:
+        bits: whole numbers, any shape; empty or constant, they have 0.
+
+    Reference: shannon1948mathematical
+
+    >>> map_entropy(torch.tensor([1, 1, 2, 8]))
+    1.5
+    """
+    counts = torch.bincount(bits.reshape(-1).long()).double()
+    share = counts[counts > 0] / max(1, bits.numel())
+    return float(-(share * share.log2()).sum()) + 0.0  # not -0.0
+
+
+class SmolHandle(GatedLayers):
     """Everything a training loop needs; made by :func:`apply_smol` or :func:`uniform_qat`.
 
     Args:
@@ -48,23 +69,17 @@ class SmolHandle:
     (3.0, {3: 18})
     """
 
-    def __init__(self, model: nn.Module, gates: dict[str, SmolGate]) -> None:
-        self.model, self.gates = model, gates
-        self.activations: dict[str, SmolActivation] = {}
-        self.layers = {name: model.get_submodule(name) for name in gates}
-        for name, gate in gates.items():
-            parametrize.register_parametrization(self.layers[name], "weight", gate)
-            self.layers[name].parametrizations.train(self.layers[name].training)
+    decay_harm = "on limits s pulls them to 0, which is 2 bits for every weight"
+
+    def __init__(self, model: nn.Module, gates: Mapping[str, SmolGate]) -> None:
+        super().__init__(model, gates)
+        self.activations: dict[str, SmolActivation] = {}  # set by apply_smol
         if not self.is_frozen:
             self.clip_()
-            watch_weight_decay(self)
-
-    def _alive(self) -> None:
-        if not self.gates:
-            raise ValueError("the handle holds no layer: the model is empty, or finalize() took the gates off")
+            watch_decay(self)
 
     def _all(self) -> list[SmolGate]:
-        self._alive()
+        """All gates, those on activations too."""
         return [*self.gates.values(), *self.activations.values()]
 
     @property
@@ -72,55 +87,44 @@ class SmolHandle:
         """Whether the bits are fixed (phase II)."""
         return all(gate.is_frozen for gate in self._all())
 
-    def weights(self) -> dict[str, Tensor]:
-        """Raw weights ``a * u`` (before noise or rounding), layer's name to parameter."""
-        self._alive()
-        return {name: layer.parametrizations.weight.original for name, layer in self.layers.items()}
+    is_fixed = is_frozen  # the base's name for it: frozen limits are safe from weight decay
 
     def precision_parameters(self) -> list[nn.Parameter]:
-        """The limits ``s``; for Adam **without** weight decay, which would pull every weight to 2 bits."""
+        """Return the limits ``s``; for Adam **without** weight decay, which would pull every weight to 2 bits."""
         return [gate.s for gate in self._all()]
 
-    def weight_parameters(self) -> list[nn.Parameter]:
-        """All other parameters: weights, biases, normalisation, layers left out."""
-        limits = {id(p) for p in self.precision_parameters()}
-        return [p for p in self.model.parameters() if id(p) not in limits]
+    gate_parameters = precision_parameters
 
     def param_groups(self, lr: float, s_lr: float = 1e-3, weight_decay: float = 0.0) -> list[dict]:
         """Two groups for one optimiser: weights at ``lr`` (no division by ``a^2`` is needed), limits at ``s_lr``."""
-        return [
-            {"params": self.weight_parameters(), "lr": lr, "weight_decay": weight_decay},
-            {"params": self.precision_parameters(), "lr": s_lr, "weight_decay": 0.0},
-        ]
+        return super().param_groups(lr, s_lr, weight_decay)
 
     def penalty(self) -> Tensor:
-        """Bits above one over all weights (and activations), ``sum(n_g * (p(s_g) - 1))``, with gradient.
+        """Return the bits above one over all weights (and activations), ``sum(n_g * (p(s_g) - 1))``, with gradient.
 
         Add ``lam * handle.penalty()`` to the loss, or give ``lam`` to :func:`apply_smol` and add nothing.
         """
         return torch.stack([gate.penalty() for gate in self._all()]).sum()
 
-    def _weighted(self, values: Mapping[str, float]) -> float:
-        self._alive()
+    def _mean(self, values: Mapping[str, float]) -> float:
+        """Mean over weights of a value per layer."""
         sizes = {name: gate.groups.numel for name, gate in self.gates.items()}
         return sum(values[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
     def average_bits(self, real: bool = False) -> float:
-        """Mean bits of a weight (payload only): whole after the bit rule, or (``real=True``) as learned."""
-        return self._weighted({name: gate.average_bits(real) for name, gate in self.gates.items()})
+        """Return the mean bits of a weight (payload only): whole after the bit rule, or (``real=True``) as learned."""
+        return self._mean(self.per_layer(real))
 
     def per_layer(self, real: bool = False) -> dict[str, float]:
-        """Mean bits of each layer's weights."""
-        self._alive()
+        """Return the mean bits of each layer's weights."""
         return {name: gate.average_bits(real) for name, gate in self.gates.items()}
 
     def bits(self) -> dict[str, Tensor]:
-        """Whole bits of every weight, layer's name to uint8 tensor of the weight's shape."""
-        self._alive()
+        """Return whole bits of every weight, layer's name to uint8 tensor of the weight's shape."""
         return {name: gate.weight_bits() for name, gate in self.gates.items()}
 
     def histogram(self) -> dict[int, int]:
-        """Bits to number of weights."""
+        """Return bits to number of weights."""
         counts: Counter[int] = Counter()
         for bits in self.bits().values():
             levels, numbers = bits.unique(return_counts=True)
@@ -128,9 +132,10 @@ class SmolHandle:
         return dict(sorted(counts.items()))
 
     def cost(self) -> BitCost:
-        """Bits per weight: payload, entropy of the map of bits (which must be stored too), and their sum."""
+        """Return bits per weight: payload, entropy of the map of bits (which must be stored too), and their sum."""
+        # The map is stored once per group, and its price shared by the weights of the group.
         index = {name: map_entropy(g.group_bits()) * g.bits.numel() / g.groups.numel for name, g in self.gates.items()}
-        return BitCost(self.average_bits(), self._weighted(index))
+        return BitCost(self.average_bits(), self._mean(index))
 
     @torch.no_grad()
     def clip_(self) -> None:
@@ -140,8 +145,7 @@ class SmolHandle:
 
     def sample(self, mode: str = "training") -> None:
         """Draw noise in training mode only (``"training"``), always (``"on"``) or never (``"off"``)."""
-        if mode not in ("training", "on", "off"):
-            raise ValueError(f"mode must be 'training', 'on' or 'off', got {mode!r}")
+        check_choice("mode", mode, ("training", "on", "off"))
         for gate in self._all():
             gate.sampling = mode
 
@@ -153,14 +157,14 @@ class SmolHandle:
         """
         if any(gate.is_frozen for gate in self._all()):
             raise RuntimeError("freeze() must be called once: the bits are fixed already")
-        if rounding not in ("round", "ceil"):
-            raise ValueError(f"rounding must be 'round' or 'ceil', got {rounding!r}")
+        check_choice("rounding", rounding, ("round", "ceil"))
         check_bits(p_min, 8, "p_min")
         check_bits(p_max, 8, "p_max")
         if p_min > p_max:
             raise ValueError(f"p_min must not exceed p_max={p_max}, got {p_min}")
         capped = raised = 0
         for gate in self.gates.values():
+            # Counted before the cut; no learned limit stands for 99 bits.
             free, sizes = gate.group_bits(rounding, 1, 99), gate.groups.sizes(gate.s)
             capped += int(((free > p_max) * sizes).sum())
             raised += int(((free < p_min) * sizes).sum())
@@ -169,18 +173,18 @@ class SmolHandle:
         return Frozen(self.average_bits(), capped, raised)
 
     def finalize(self) -> nn.Module:
-        """Put the quantised weights in place of the gates; the handle is used up. Activation layers stay.
+        """Put the quantised weights in place of the gates; the handle is finished. Activation layers stay.
 
         Returns:
             The model, with plain weights.
         """
         if not self.is_frozen:
             raise RuntimeError("finalize() needs fixed bits: call freeze() before")
-        for layer in self.layers.values():
-            with torch.no_grad():
-                parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-        self.gates, self.layers = {}, {}
-        return self.model
+        return super().finalize()
+
+
+#: Run by itself at the first step of an optimiser that holds the limits.
+warn_of_decay = check_optimizer
 
 
 def apply_smol(
@@ -205,14 +209,15 @@ def apply_smol(
     Args:
         model: any module.
         init_bits: bits that all limits start from, in (1, 16].
-        granularity: ``"weight"``, ``"filter"``, ``"input"``, ``"layer"`` or ``("block", g)``.
+        granularity: ``"weight"``, ``"filter"``, ``"input"``, ``"layer"`` or ``("block", g)``, see :class:`SmolGate`.
         include: types of layers to take.
         exclude: names, patterns or types to leave out.
         lam: price of a bit, >= 0, fused into the gradient of the limits. Stated for uniform noise: Rademacher noise
             has three times the variance, and its price is multiplied by 3 so that the same ``lam`` gives the same bits.
         noise: ``"uniform"`` or ``"rademacher"``.
-        scale: ``"std"``, ``"max"`` or a factor on the standard deviation (see :func:`initial_scale`).
-        activations: name of a module to its number of output channels: learn limits for these activations too.
+        scale: ``"std"``, ``"max"`` or a factor on the standard deviation, see :class:`SmolGate`.
+        activations: name of a module to its number of output channels: learn limits for these activations too. The
+            module becomes ``nn.Sequential(module, SmolActivation)``.
         strict: refuse blocks that do not divide a weight.
         generator: stream for the noise; ``None`` for torch's own.
 
@@ -229,14 +234,67 @@ def apply_smol(
     >>> [tuple(s.shape) for s in handle.precision_parameters()], handle.average_bits()
     ([(1, 4), (1, 3)], 8.0)
     """
-    check_lam(lam)
-    options = {"init_bits": init_bits, "noise": noise, "generator": generator}
-    options["lam"] = lam * NOISE_POWER.get(noise, 1.0)
+    # All that can be refused is refused before the model is touched.
+    check_number("lam", lam, ge=0)
+    check_choice("noise", noise, NOISE_POWER)
     layers = select_layers(model, include, exclude)
+    known = {name for name, _ in model.named_modules() if name}
+    if unknown := sorted(set(activations or {}) - known):
+        raise ValueError(f"activations must name modules of the model, got {unknown}")
+    options = {"init_bits": init_bits, "noise": noise, "generator": generator, "lam": lam * NOISE_POWER[noise]}
     gates = {
         name: SmolGate(layer.weight, granularity=granularity, scale=scale, strict=strict, **options)
         for name, layer in layers.items()
     }
+    device = next(iter(layers.values())).weight.device
+    added = {name: SmolActivation(channels, **options).to(device) for name, channels in (activations or {}).items()}
     handle = SmolHandle(model, gates)
-    handle.activations = add_activations(model, dict(activations or {}), **options)
+    for name, layer in added.items():
+        # The handle keeps layers, not only names, since a gated layer itself may move into the Sequential.
+        parent, _, child = name.rpartition(".")
+        module = model.get_submodule(name)
+        setattr(model.get_submodule(parent), child, nn.Sequential(module, layer.train(module.training)))
+    handle.activations = added
     return handle
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(model: nn.Module, x: Tensor, batch_size: int = 256) -> int:
+    """Estimate all running means and variances anew on ``x``: those collected under noise are of another network.
+
+    Call it after ``freeze()``. All else runs in eval mode, so that neither noise nor dropout is drawn. Each batch
+    counts alike.
+
+    Args:
+        model: any module; modes and momenta are restored.
+        x: inputs ``(n, ...)``, from the training data.
+        batch_size: examples at once, >= 1.
+
+    Returns:
+        Number of normalisation layers found.
+
+    Raises:
+        ValueError: no input, or ``batch_size`` below 1.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    >>> recalibrate_batch_norm(model, torch.randn(10, 2))
+    1
+    """
+    check_count("batch_size", batch_size)
+    if len(x) == 0:
+        raise ValueError("x must hold examples, got none")
+    momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats}
+    if not momenta:
+        return 0
+    with mode_restored(model, train=False):
+        try:
+            for norm in momenta:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean over all batches
+                norm.train()
+            for batch in x.split(batch_size):
+                model(batch)
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
+    return len(momenta)

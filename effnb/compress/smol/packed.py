@@ -1,19 +1,162 @@
-"""Real bit-packing: quantised tensors to one checked, versioned file, and back bit for bit."""
+"""Real bit-packing: quantised tensors to one checked, versioned file, and back bit for bit.
 
+The file, little endian: magic ``EFNBSMOL``, version, sizes, a compressed index of entries, their bytes, CRC-32. Nothing
+is ever unpickled. A file is refused, with the reason, unless magic, version, length and checksum fit.
+"""
+
+import json
 import math
 import os
+import struct
+import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .gate import SmolGate
-from .planes import plane_bytes
-from .quantized import QuantizedTensor, decode_tensor, encode_tensor, group_levels, weight_levels
-from .storage_cost import map_entropy
-from .wire import Entry, from_bytes, raw_from_tensor, tensor_from_raw, to_bytes, write_atomically
+from effnb.common import check_number, kind, write_atomically
+from effnb.compress.smol.codec import (
+    decode_map,
+    encode_map,
+    group_map,
+    pack_planes,
+    plane_bytes,
+    ungroup_map,
+    unpack_planes,
+)
+from effnb.compress.smol.gate import SmolGate
+from effnb.compress.smol.handle import map_entropy
+from effnb.compress.smol.noise import below_two, check_bits, check_broadcast, quantize_pm1
+
+MAGIC, VERSION = b"EFNBSMOL", 1
+_HEAD = struct.Struct("<HQI")  # version, length of the whole file, length of the index
+_LARGEST_INDEX = 1 << 26
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_TYPES = (*_FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool")
+_COMMON = {"name", "kind", "dtype", "shape", "parts"}
+_PM1 = {"form": str, "map": list, "block": int | None, "scale": list, "bits": int}
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight in the +-1 format: ``scale * Q(u, bits)``.
+
+    Args:
+        u: normalised weights in [-2, 2], any shape; rounded to ``bits`` digits if they are not codes yet.
+        bits: digits of each weight, whole numbers 1 to 8, a number or a tensor that broadcasts to ``u``.
+        scale: positive number, or a tensor that broadcasts to ``u`` (one entry per output channel).
+        block: weights share their bits in blocks of so many; lets the map be stored once per block.
+
+    Raises:
+        ValueError: bits that are not whole or out of 1 to 8, ``u`` outside [-2, 2], ``scale`` not positive.
+
+    Reference: savarese2022bits
+
+    >>> QuantizedTensor(torch.tensor([0.3, -1.9]), torch.tensor([1, 2]), 0.1).dequantize()
+    tensor([ 0.1000, -0.1500])
+    """
+
+    u: Tensor
+    bits: Tensor | int
+    scale: Tensor | float = 1.0
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, 8, "bits")
+        check_number("scale", torch.as_tensor(self.scale), gt=0)
+        if _type_name(self.u) not in _FLOATS:
+            raise ValueError(f"u must be floating, got {self.u.dtype}")
+        if self.u.numel() and not float(self.u.detach().abs().max()) <= 2:  # catches nan
+            raise ValueError(f"u must be in [-2, 2], got magnitudes up to {float(self.u.detach().abs().max())}")
+        for name in ("bits", "scale"):
+            check_broadcast(name, torch.as_tensor(getattr(self, name)).shape, self.u.shape)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, shape and type of ``u``."""
+        # By way of fp32, which files hold: else a file would not give back the same bits.
+        scale = torch.as_tensor(self.scale, dtype=torch.float32).to(self.u.dtype)
+        return quantize_pm1(self.u.detach(), self.bits) * scale.to(self.u.device)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor in the file: ``kind`` is ``"pm1"`` (scale, map of bits, digit planes) or ``"raw"`` (its bytes)."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    fields: dict = field(default_factory=dict)
+    parts: tuple[bytes, ...] = ()
+
+
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _encode(name: str, item: QuantizedTensor | Tensor) -> Entry:
+    """A tensor as its bytes, a quantised one as scale, map of bits and digit planes."""
+    if isinstance(item, Tensor):
+        if _type_name(item) not in _TYPES or item.layout is not torch.strided:
+            raise TypeError(f"{name!r} must be a dense tensor of one of {_TYPES}, got {_type_name(item)}")
+        flat = item.detach().cpu().contiguous().reshape(-1)
+        return Entry(name, "raw", _type_name(item), tuple(item.shape), {}, (flat.view(torch.uint8).numpy().tobytes(),))
+    u = item.u.detach().cpu()
+    bits = torch.as_tensor(item.bits).to(torch.uint8).cpu().broadcast_to(u.shape).contiguous().numpy()
+    # The p-digit code is the head of the 8-digit code, so one quantisation serves all p.
+    codes = u.clamp(-2.0, below_two(u.dtype)).mul_(64).floor_().add_(128).to(torch.uint8).reshape(-1).numpy()
+    planes = pack_planes(codes, bits.reshape(-1))
+    levels, block = group_map(bits, item.block)
+    payload = int(bits.sum(dtype=np.int64))
+    form, index = encode_map(levels, payload)
+    scale = torch.as_tensor(item.scale, dtype=torch.float32).detach().cpu()
+    fields = {"form": form, "map": list(levels.shape), "block": block, "scale": list(scale.shape), "bits": payload}
+    parts = (scale.contiguous().numpy().astype("<f4").tobytes(), index, planes)
+    return Entry(name, "pm1", _type_name(u), tuple(u.shape), fields, parts)
+
+
+def _group_levels(entry: Entry) -> np.ndarray:
+    """Bits as stored, one number a group."""
+    shape, block, full = tuple(entry.fields["map"]), entry.fields["block"], entry.shape
+    if block is not None:
+        fits = block >= 1 and shape == (-(-math.prod(full) // block),)
+    else:
+        fits = len(shape) == len(full) and all(a in (1, b) for a, b in zip(shape, full, strict=True))
+    if not fits:
+        raise ValueError(f"a map of shape {shape} must fit a weight of shape {full}: the file is damaged")
+    return decode_map(entry.fields["form"], entry.parts[1], shape)
+
+
+def _weight_levels(entry: Entry) -> np.ndarray:
+    """Bits of every weight, flat."""
+    return ungroup_map(_group_levels(entry), entry.fields["block"], entry.shape)
+
+
+def _decode(entry: Entry) -> Tensor:
+    """Inverse of :func:`_encode`: the tensor, a quantised one as the weight itself."""
+    dtype, size = getattr(torch, entry.dtype), math.prod(entry.shape)
+    if entry.kind == "raw":
+        data = bytearray(entry.parts[0])  # a copy: a tensor must not write into the file's bytes
+        if len(data) != size * dtype.itemsize:
+            raise ValueError(f"{entry.name!r} must have {size} entries of {dtype}: the file is damaged")
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.reshape(entry.shape)
+    if size > 8 * len(entry.parts[2]):  # each weight has a digit: refuse before allocating
+        raise ValueError(f"{entry.name!r} must have a digit for each of {entry.shape} weights: the file is damaged")
+    scale = np.frombuffer(entry.parts[0], "<f4").astype(np.float32)
+    if scale.size != math.prod(entry.fields["scale"]):
+        raise ValueError(f"{entry.name!r} must have a scale of shape {entry.fields['scale']}: the file is damaged")
+    check_broadcast(f"scale of {entry.name!r}", entry.fields["scale"], entry.shape)
+    bits = _weight_levels(entry)
+    codes = torch.from_numpy(unpack_planes(entry.parts[2], bits))
+    # The digits that a weight does not have are 0; half a step puts its value into the middle of its cell.
+    halves = np.array([2.0 ** (1 - p) - 2 for p in range(9)], np.float32)
+    values = codes.to(torch.float32).mul_(1 / 64).add_(torch.from_numpy(halves.take(bits)))
+    return values.to(dtype).view(entry.shape).mul_(torch.from_numpy(scale).reshape(entry.fields["scale"]).to(dtype))
 
 
 class PackedModel:
@@ -21,8 +164,6 @@ class PackedModel:
 
     Args:
         entries: records of the file, one for each tensor; made by :func:`pack` or read from a file.
-
-    Reference: savarese2022bits
 
     >>> packed = pack({"w": QuantizedTensor(torch.tensor([0.25, -1.0]), torch.tensor([3, 1]))})
     >>> packed.payload_bits, packed.to_state_dict()["w"]
@@ -49,7 +190,7 @@ class PackedModel:
     @property
     def entropy_bits(self) -> float:
         """Entropy of the maps, per tensor and at the level of groups: the least that an index could take."""
-        found = [torch.from_numpy(group_levels(entry)) for entry in self._quantised()]
+        found = [torch.from_numpy(_group_levels(entry)) for entry in self._quantised()]
         return sum(map_entropy(levels) * levels.numel() for levels in found)
 
     @property
@@ -68,14 +209,23 @@ class PackedModel:
         return len(self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
+        """Return the file's content."""
         if self._data is None:
-            self._data = to_bytes(self.entries)
+            records = [
+                {"name": e.name, "kind": e.kind, "dtype": e.dtype, "shape": e.shape, "parts": [len(p) for p in e.parts]}
+                | e.fields
+                for e in self.entries
+            ]
+            index = zlib.compress(json.dumps(records, separators=(",", ":")).encode(), 9)
+            parts = [part for entry in self.entries for part in entry.parts]
+            length = len(MAGIC) + _HEAD.size + len(index) + sum(map(len, parts)) + 4
+            body = b"".join([MAGIC, _HEAD.pack(VERSION, length, len(index)), index, *parts])
+            self._data = body + struct.pack("<I", zlib.crc32(body))
         return self._data
 
     def save(self, path: str | os.PathLike) -> int:
         """Write the file, whole or not at all; returns its size in bytes."""
-        write_atomically(Path(path), self.to_bytes())
+        write_atomically(path, self.to_bytes())
         return self.nbytes
 
     @classmethod
@@ -85,18 +235,66 @@ class PackedModel:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "data") -> "PackedModel":
-        """The same from the content of a file."""
-        packed = cls(from_bytes(data, source))
+        """The same from the content of a file, which messages call ``source``."""
+        if not data.startswith(MAGIC):
+            raise ValueError(f"{source} must start with {MAGIC!r}: not a packed model")
+        at = len(MAGIC) + _HEAD.size
+        if len(data) < at + 4:
+            raise ValueError(f"{source} is truncated: it has {len(data)} bytes, the header alone takes {at}")
+        version, length, size = _HEAD.unpack_from(data, len(MAGIC))
+        if version != VERSION:
+            raise ValueError(f"{source} must have version {VERSION}, got {version}")
+        if len(data) < length:
+            raise ValueError(f"{source} is truncated: it has {len(data)} of {length} bytes")
+        if len(data) > length or zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+            raise ValueError(f"{source} is damaged: its length or checksum does not fit")
+        # A checksum says nothing of intent: from here on each field is looked at before it is used.
+        entries = []
+        try:
+            unzip = zlib.decompressobj()
+            text = unzip.decompress(data[at : at + size], _LARGEST_INDEX)  # no bomb
+            if not unzip.eof:
+                raise ValueError(f"{source} is damaged: its index is incomplete or too large")
+            at += size
+            for record in json.loads(text):
+                if not _is_sound(record):
+                    raise ValueError(f"{source} is damaged: entry {record.get('name')!r} has fields out of range")
+                parts = []
+                for size in record["parts"]:
+                    parts.append(data[at : at + size])
+                    at += size
+                rest = {key: value for key, value in record.items() if key not in _COMMON}
+                shape = tuple(record["shape"])
+                entries.append(Entry(record["name"], record["kind"], record["dtype"], shape, rest, tuple(parts)))
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, zlib.error) as error:
+            raise ValueError(f"{source} is damaged: its index cannot be read ({error})") from None
+        if at != len(data) - 4:
+            raise ValueError(f"{source} is damaged: it must hold {at + 4} bytes by its index, got {len(data)}")
+        packed = cls(entries)
         for entry in packed._quantised():
-            if plane_bytes(weight_levels(entry)) != len(entry.parts[2]):
+            if plane_bytes(_weight_levels(entry)) != len(entry.parts[2]):
                 raise ValueError(f"{source}: {entry.name!r} has a map of bits that does not fit its digits: damaged")
         return packed
 
     def to_state_dict(self) -> dict[str, Tensor]:
-        """Name to tensor, bit for bit what was packed, for ``load_state_dict`` of the plain model."""
-        return {e.name: decode_tensor(e) if e.kind == "pm1" else tensor_from_raw(e) for e in self.entries}
+        """Return name to tensor, bit for bit what was packed, for ``load_state_dict`` of the plain model."""
+        return {entry.name: _decode(entry) for entry in self.entries}
 
 
+def _is_sound(record: dict) -> bool:
+    """Whether a record of the index has fields of the right types and ranges; KeyError where one is missing."""
+    counts = [*record["shape"], *record["parts"], *record.get("map", []), *record.get("scale", [])]
+    quantised = record["kind"] == "pm1"
+    return (
+        isinstance(record["name"], str)
+        and len(record["parts"]) == {"raw": 1, "pm1": 3}.get(record["kind"])
+        and record["dtype"] in (_FLOATS if quantised else _TYPES)
+        and all(type(count) is int and count >= 0 for count in counts)
+        and (not quantised or all(isinstance(record[key], wanted) for key, wanted in _PM1.items()))
+    )
+
+
+@torch.no_grad()
 def pack(model_or_tensors: nn.Module | Mapping[str, QuantizedTensor | Tensor | tuple]) -> PackedModel:
     """Pack a model whose bits are fixed (after ``handle.freeze()``), or tensors by name.
 
@@ -111,8 +309,6 @@ def pack(model_or_tensors: nn.Module | Mapping[str, QuantizedTensor | Tensor | t
         ValueError: no quantised tensor, bits not fixed yet, bits outside 1 to 8, or other values out of range.
         TypeError: an item is neither tensor nor quantised tensor.
 
-    Reference: savarese2022bits
-
     >>> from effnb.compress import uniform_qat
     >>> model = nn.Linear(8, 4)
     >>> handle = uniform_qat(model, bits=2)
@@ -120,50 +316,28 @@ def pack(model_or_tensors: nn.Module | Mapping[str, QuantizedTensor | Tensor | t
     >>> packed.payload_bits, bool((packed.to_state_dict()["weight"] == model.weight).all())
     (64, True)
     """
-    items = gated_tensors(model_or_tensors) if isinstance(model_or_tensors, nn.Module) else dict(model_or_tensors)
-    items = {name: QuantizedTensor(*item) if isinstance(item, tuple) else item for name, item in items.items()}
+    if isinstance(model_or_tensors, nn.Module):
+        items, hidden = {}, []
+        for name, layer in model_or_tensors.named_modules():
+            if not parametrize.is_parametrized(layer, "weight"):
+                continue
+            gate, w = layer.parametrizations.weight[0], layer.parametrizations.weight.original
+            if not isinstance(gate, SmolGate):
+                continue
+            if not gate.is_frozen:
+                raise ValueError(f"bits of layer {name!r} must be fixed before packing: call freeze()")
+            prefix = f"{name}.".removeprefix(".")
+            # Fine-tuning may have moved a weight out of range; its code is the last one all the same.
+            u = (w / gate.scale.to(w.dtype)).clamp(-2, 2)
+            items[f"{prefix}weight"] = QuantizedTensor(u, gate.weight_bits(), gate.scale, gate.groups.block)
+            hidden.append(f"{prefix}parametrizations.weight.")
+        state = model_or_tensors.state_dict()
+        items |= {k: v for k, v in state.items() if not k.startswith(tuple(hidden)) and isinstance(v, Tensor)}
+    else:
+        items = {k: QuantizedTensor(*v) if isinstance(v, tuple) else v for k, v in model_or_tensors.items()}
     if not any(isinstance(item, QuantizedTensor) for item in items.values()):
         raise ValueError("pack needs at least one quantised weight: pack the model before finalize()")
-    entries = []
     for name, item in items.items():
         if not isinstance(item, QuantizedTensor | Tensor):
-            raise TypeError(f"{name!r} must be a tensor or a QuantizedTensor, got {type(item).__name__}")
-        entries.append(encode_tensor(name, item) if isinstance(item, QuantizedTensor) else raw_from_tensor(name, item))
-    return PackedModel(entries)
-
-
-@torch.no_grad()
-def gated_tensors(model: nn.Module) -> dict[str, QuantizedTensor | Tensor]:
-    """What :func:`pack` stores of a model, by the names that the plain model has.
-
-    Args:
-        model: with frozen gates.
-
-    Returns:
-        Quantised weights and all other tensors of the ``state_dict``.
-
-    Raises:
-        ValueError: bits not fixed yet.
-
-    Reference: savarese2022bits
-
-    >>> from effnb.compress import uniform_qat
-    >>> handle = uniform_qat(nn.Sequential(nn.Linear(2, 2)), bits=1)
-    >>> list(gated_tensors(handle.model))
-    ['0.weight', '0.bias']
-    """
-    found: dict[str, QuantizedTensor | Tensor] = {}
-    gates = {
-        f"{name}.".removeprefix("."): layer.parametrizations.weight
-        for name, layer in model.named_modules()
-        if parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations.weight[0], SmolGate)
-    }
-    for prefix, slot in gates.items():
-        gate, w = slot[0], slot.original
-        if not gate.is_frozen:
-            raise ValueError(f"bits of layer {prefix.rstrip('.')!r} must be fixed before packing: call freeze()")
-        u = (w / gate.scale.to(w.dtype)).clamp(-2, 2)
-        found[f"{prefix}weight"] = QuantizedTensor(u, gate.weight_bits(), gate.scale, gate.groups.block)
-    hidden = tuple(f"{prefix}parametrizations.weight." for prefix in gates)
-    plain = {k: v for k, v in model.state_dict().items() if not k.startswith(hidden) and isinstance(v, Tensor)}
-    return found | plain
+            raise TypeError(f"{name!r} must be a tensor or a QuantizedTensor, got {kind(item)}")
+    return PackedModel([_encode(name, item) for name, item in items.items()])
