@@ -112,7 +112,7 @@ def foreach_rows(name: str, shapes, quick: bool) -> list[dict]:
 
 
 def fused_rows(name: str, shapes, target: float | None, quick: bool) -> list[dict]:
-    """The compiled sweep against AdamW's fused kernel and its foreach path."""
+    """The compiled pass against AdamW's fused kernel and its foreach path."""
     ours = stepper(AvaGrad, shapes, fused=True)
     fused, foreach = (stepper(AdamW, shapes, **{path: True}) for path in ("fused", "foreach"))
     return [

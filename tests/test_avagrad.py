@@ -384,7 +384,7 @@ def test_fused_sum_is_accurate_for_millions_of_equal_entries():
     for _ in range(2):
         p.grad = torch.full_like(p, 0.3)
         optimizer.step()
-    total = optimizer.state[p]["carry"]["sum"].item()
+    total = optimizer.state[p]["rate_sum"].item()
     assert total == pytest.approx(3_000_000 / 0.4**2, rel=1e-5)
 
 
@@ -394,7 +394,7 @@ def test_fused_falls_back_to_foreach_without_a_compiler(monkeypatch):
 
     monkeypatch.setattr(fused_module, "_unavailable", None)
     monkeypatch.setattr(fused_module, "_ready", set())
-    monkeypatch.setattr(fused_module, "compile_sweep", lambda key: broken)
+    monkeypatch.setattr(fused_module, "compiled_kernel", lambda key: broken)
     params, reference = parameters(), parameters()
     with pytest.warns(UserWarning, match="falls back to foreach.*no C\\+\\+ compiler"):
         run(AvaGrad(params, fused=True), params)
@@ -406,7 +406,7 @@ def test_fused_falls_back_to_foreach_without_a_compiler(monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler: the fused path falls back to foreach")
-def test_an_error_of_a_compiled_sweep_is_not_swallowed(monkeypatch):
+def test_an_error_of_a_compiled_kernel_is_not_swallowed(monkeypatch):
     params = parameters()
     optimizer = AvaGrad(params, fused=True)
     run(optimizer, params, 1)
@@ -414,7 +414,7 @@ def test_an_error_of_a_compiled_sweep_is_not_swallowed(monkeypatch):
     def broken(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(fused_module, "compile_sweep", lambda key: broken)
+    monkeypatch.setattr(fused_module, "compiled_kernel", lambda key: broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(optimizer, params, 1)
 
@@ -437,6 +437,35 @@ def test_functional_form_refuses_lists_of_different_lengths():
         functional.avagrad(one, [], one, one, one)
     with pytest.raises(TypeError, match="no normaliser, got \\['norm'\\]"):
         functional.delayed_adam(one, one, one, one, one, norm="lagged")
+
+
+@pytest.mark.parametrize("name", ["avagrad", "delayed_adam"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lr": -1.0}, ValueError, "lr must be finite and >= 0, got -1.0"),
+        ({"lr": torch.tensor(-1.0)}, ValueError, "lr must be finite and >= 0"),
+        ({"lr": torch.ones(2)}, ValueError, "lr must be a number or a tensor with one element"),
+        ({"lr": "0.1"}, TypeError, "lr must be a number, got '0.1'"),
+        ({"eps": -1.0}, ValueError, "eps must be finite and > 0, got -1.0"),
+        ({"eps": 0.0}, ValueError, "eps must be finite and > 0"),
+        ({"betas": (5, 0.999)}, ValueError, r"betas must be two numbers in \[0, 1\), got \(5, 0.999\)"),
+        ({"weight_decay": -5.0}, ValueError, "weight_decay must be finite and >= 0, got -5.0"),
+        ({"first_step": "nonsense"}, ValueError, "first_step must be one of 'skip', 'sgd', got 'nonsense'"),
+        ({"foreach": True, "fused": True}, ValueError, "foreach and fused exclude each other"),
+    ],
+    ids=str,
+)
+def test_functional_forms_refuse_bad_hyper_parameters_before_any_change(name, options, error, message):
+    p, m, v, t = torch.ones(2), torch.zeros(2), torch.zeros(2), torch.tensor(1.0)
+    with pytest.raises(error, match=message):
+        getattr(functional, name)([p], [torch.ones(2)], [m], [v], [t], **options)
+    assert p.tolist() == [1, 1] and not m.any() and not v.any() and t == 1
+
+
+def test_functional_form_refuses_an_unknown_norm():
+    with pytest.raises(ValueError, match="norm must be one of 'current', 'lagged', None, got 'nonsense'"):
+        functional.avagrad([], [], [], [], [], norm="nonsense")
 
 
 def test_paths_agree_on_a_channels_last_network():

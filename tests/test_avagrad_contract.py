@@ -55,17 +55,17 @@ def one():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": -1.0}, "lr must be >= 0 and finite, got -1.0"),
-        ({"lr": float("nan")}, "lr must be >= 0"),
+        ({"lr": -1.0}, "lr must be finite and >= 0, got -1.0"),
+        ({"lr": float("nan")}, "lr must be finite and >= 0, got nan"),
         ({"lr": torch.ones(2)}, "lr must be a number or a tensor with one element"),
-        ({"eps": 0.0}, "eps must be > 0 and finite, got 0.0"),
-        ({"eps": -1e-8}, "eps must be > 0"),
-        ({"eps": float("inf")}, "eps must be > 0 and finite"),
+        ({"eps": 0.0}, "eps must be finite and > 0, got 0.0"),
+        ({"eps": -1e-8}, "eps must be finite and > 0, got -1e-08"),
+        ({"eps": float("inf")}, "eps must be finite and > 0, got inf"),
         ({"betas": (1.0, 0.999)}, r"betas must be two numbers in \[0, 1\), got \(1.0, 0.999\)"),
         ({"betas": (0.9, -0.1)}, "betas must be two numbers"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
-        ({"weight_decay": -0.1}, "weight_decay must be >= 0 and finite, got -0.1"),
-        ({"first_step": "jump"}, "first_step must be 'skip' or 'sgd', got 'jump'"),
+        ({"weight_decay": -0.1}, "weight_decay must be finite and >= 0, got -0.1"),
+        ({"first_step": "jump"}, "first_step must be one of 'skip', 'sgd', got 'jump'"),
         ({"foreach": True, "fused": True}, "foreach and fused exclude each other"),
         ({"foreach": True, "differentiable": True}, "differentiable=True needs the single-tensor path"),
     ],
@@ -82,7 +82,7 @@ def test_bad_hyper_parameters_name_argument_rule_and_value(cls, options, message
 
 @pytest.mark.parametrize("norm", ["rms", None])
 def test_unknown_norm(norm):
-    with pytest.raises(ValueError, match="norm must be 'current' or 'lagged'"):
+    with pytest.raises(ValueError, match=f"norm must be one of 'current', 'lagged', got {norm!r}"):
         AvaGrad(one(), norm=norm)
     with pytest.raises(TypeError):
         DelayedAdam(one(), norm="lagged")
@@ -182,6 +182,35 @@ def test_checkpoint_resumes_bit_identically(cls, path):
     train(twin, resumed, range(4, 8))
     assert torch.equal(flat(twin), flat(model))
     assert resumed.param_groups[0]["gamma"] == optimizer.param_groups[0]["gamma"]
+
+
+def test_state_is_flat(cls, path):
+    """Tools that shard or flatten checkpoints take tensors and numbers, and no dictionaries in a state."""
+    model = network()
+    optimizer = cls(model.parameters(), **path)
+    train(model, optimizer, range(2))
+    for state in optimizer.state.values():
+        assert set(state) >= {"step", "exp_avg", "exp_avg_sq"}
+        assert all(isinstance(value, torch.Tensor | float) for value in state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_steps_are_counted_in_float32_whatever_the_default_is(cls, dtype):
+    """A counter in bfloat16 would stop at 256."""
+    before, params = torch.get_default_dtype(), one()
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = cls(params)
+        params[0].grad = torch.full((3,), 0.1, dtype=torch.float32)
+        optimizer.step()
+        old = copy.deepcopy(optimizer.state_dict())
+        old["state"][0]["step"] = 300  # a plain number, as the official code stores it
+        optimizer.load_state_dict(old)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(before)
+    step = optimizer.state[params[0]]["step"]
+    assert step.dtype == torch.float32 and step == 301
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])

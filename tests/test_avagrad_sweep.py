@@ -119,7 +119,7 @@ def test_bad_grids():
     with pytest.raises(ValueError, match="lrs and epss must be > 0"):
         SweepResult((0.0, 1.0), (1.0,), (0,), np.zeros((1, 2, 1)))
     grid = lr_eps_sweep(columns, LRS, EPSS, (0,))
-    with pytest.raises(ValueError, match="tolerance must be >= 0"):
+    with pytest.raises(ValueError, match="tolerance must be finite and >= 0"):
         grid.best_lr_per_eps(-1)
     with pytest.raises(ValueError, match="eps_range must contain a value"):
         grid.drift((5.0, 6.0))
@@ -167,10 +167,11 @@ def test_several_decay_rates_at_once_are_those_one_by_one(method):
         ({"method": "sign"}, "method must be one of"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\)"),
         ({"beta2": [0.5, -0.1]}, r"beta2 must be in \[0, 1\)"),
-        ({"probability": 0.0}, "probability in"),
-        ({"tail": 0.0}, "tail in"),
-        ({"curvature": -1.0}, "curvature, lr and eps must be > 0"),
-        ({"steps": 0}, "steps and chains >= 1"),
+        ({"probability": 0.0}, "probability must be finite, > 0 and < 1"),
+        ({"tail": 0.0}, "tail must be finite, > 0 and <= 1"),
+        ({"curvature": -1.0}, "curvature must be finite and > 0, got -1.0"),
+        ({"eps": 0.0}, "eps must be finite and > 0"),
+        ({"steps": 0}, "steps must be >= 1, got 0"),
     ],
 )
 def test_bad_chains(options, message):

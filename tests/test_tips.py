@@ -14,19 +14,17 @@ from effnb import anytime
 from effnb.anytime import (
     SuperGraph,
     anchor_path,
-    chain,
-    graph,
     hyper_adjacency,
     layered_graph,
     most_important_path,
     path_score,
     prune_to_terminals,
     stationary_distribution,
-    tips,
     topological_scores,
     transition_matrix,
     visit_probabilities,
 )
+from effnb.anytime.tips import graph, sampling, scores, training
 
 DIAMOND = np.array([[0, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
 CHAIN = np.eye(4, k=1, dtype=int)
@@ -52,14 +50,16 @@ def families(draw, most=7):
 # ---------------------------------------------------------------- where things stand
 
 
-def test_the_modules_of_the_specification_hold_their_names():
+def test_the_names_of_the_specification_are_public_and_stand_where_they_belong():
     for module, names in {
-        tips: "hyper_adjacency stationary_distribution topological_scores TopologicalScores "
+        scores: "hyper_adjacency stationary_distribution topological_scores TopologicalScores "
         "path_score most_important_path",
         graph: "SuperGraph sample_subgraph prune_to_terminals",
-        anytime.training: "AnytimeTrainer UniformSampler TIPSSampler JointSampler SandwichSampler",
+        sampling: "UniformSampler TIPSSampler JointSampler SandwichSampler",
+        training: "AnytimeTrainer",
     }.items():
-        assert all(hasattr(module, name) for name in names.split())
+        for name in names.split():
+            assert getattr(anytime, name).__module__ == module.__name__ and name in anytime.__all__
 
 
 # ---------------------------------------------------------------- closed forms
@@ -167,8 +167,8 @@ def test_sparse_and_dense_solves_agree(closure, monkeypatch):
     H, present = hyper_adjacency(adjs, 0.7, closure)
     S, _ = hyper_adjacency(adjs, 0.7, closure, sparse_output=True)
     np.testing.assert_array_equal(S.toarray(), H)
-    monkeypatch.setattr(chain, "DENSE_LIMIT", 10)
-    monkeypatch.setattr(tips, "DENSE_LIMIT", 10)
+    monkeypatch.setattr(scores, "DENSE_LIMIT", 10)
+    assert sparse.issparse(hyper_adjacency(adjs, 0.7, closure, sparse_output=None)[0])
     np.testing.assert_allclose(topological_scores(adjs, 0.7, closure).pi, dense.pi, atol=1e-13)
     P = transition_matrix(S, present)
     assert sparse.issparse(P)

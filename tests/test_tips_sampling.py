@@ -15,10 +15,7 @@ from effnb.anytime import (
     TIPSSampler,
     UniformSampler,
     candidate_subnetworks,
-    expected_share,
-    fill_budget,
     layered_graph,
-    matched_keep,
     mean_scores,
     most_important_path,
     sample_masks,
@@ -26,6 +23,7 @@ from effnb.anytime import (
     shares,
     topological_scores,
 )
+from effnb.anytime.tips.sampling import expected_share, fill_budget, matched_keep
 
 G = layered_graph(4, 3, 0.6, min_edges=20, rng=0)
 PATH = next(G.paths())
@@ -80,8 +78,9 @@ def test_bad_graphs(n, edges, message):
 
 def test_bad_layouts_masks_and_paths():
     for call, message in (
-        (lambda: layered_graph(0, 3), "layers and width"),
-        (lambda: layered_graph(2, 2, 0.0), "p in"),
+        (lambda: layered_graph(0, 3), "layers must be >= 1, got 0"),
+        (lambda: layered_graph(3, 0), "width must be >= 1, got 0"),
+        (lambda: layered_graph(2, 2, 0.0), "p must be finite, > 0 and <= 1"),
         (lambda: layered_graph(2, 2, min_edges=9), "at most 8"),
         (lambda: layered_graph(3, 3, 0.01, min_edges=20, rng=0), "at least 20 edges"),
         (lambda: G.masks(np.ones((3, 3))), "must end in"),
@@ -145,7 +144,10 @@ def test_anchored_samples_with_a_loose_anchor():
         (lambda: sample_subgraph(G, float("nan"), rng=0), "keep must be in"),
         (lambda: sample_subgraph(G, -0.1, anchor=PATH, rng=0), r"keep must be in \[0, 1\]"),
         (lambda: sample_subgraph(G, 0.5, anchor=[0, 13], rng=0), "path must lead"),
-        (lambda: sample_subgraph(G, 0.5, anchor=PATH, anchor_keep=0.0, rng=0), "anchor_keep in"),
+        (
+            lambda: sample_subgraph(G, 0.5, anchor=PATH, anchor_keep=0.0, rng=0),
+            "anchor_keep must be finite, > 0 and <= 1",
+        ),
         (lambda: sample_masks(G, 0.5, 0, rng=0), "count must be >= 1"),
         (lambda: sample_subgraph(layered_graph(12, 1), 0.01, rng=0), "leave a path"),
         (lambda: UniformSampler(G, (), rng=0), "at least one"),
@@ -164,9 +166,11 @@ def test_anchored_samples_with_a_loose_anchor():
         ),
         (lambda: fill_budget(G, 1.1, [PATH], np.ones((1, G.num_edges))), "budget must lie"),
         (lambda: fill_budget(G, 0.5, [PATH], np.ones(3)), "priority must have shape"),
+        (lambda: fill_budget(G, 0.5, [PATH], np.full((1, G.num_edges), np.nan)), "no nan"),
+        (lambda: UniformSampler(G, rng=0)(-1), "T must be >= 0, got -1"),
         (lambda: fill_budget(G, 0.5, [[0, 13]], np.ones((1, G.num_edges))), "path must lead"),
         (lambda: candidate_subnetworks(G, 0.1, np.ones(G.n), rng=0), "budget must lie"),
-        (lambda: candidate_subnetworks(G, 0.5, np.ones(3), rng=0), "tas hold 14 scores"),
+        (lambda: candidate_subnetworks(G, 0.5, np.ones(3), rng=0), "tas must hold 14 scores"),
         (lambda: candidate_subnetworks(G, 0.5, np.ones(G.n), k=0, rng=0), "k must be >= 1"),
         (lambda: shares(G, np.ones(G.num_edges), np.zeros(G.num_edges)), "positive numbers"),
     ],

@@ -173,12 +173,17 @@ def test_flops_are_counted_two_a_multiply_add():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: DagMLP(G, 0), "must be >= 1"),
-        (lambda: DagMLP(G, 6, copies=0), "must be >= 1"),
+        (lambda: DagMLP(G, 0), "inputs must be >= 1, got 0"),
+        (lambda: DagMLP(G, 6, copies=0), "copies must be >= 1, got 0"),
         (lambda: DagMLP(G, 6, copies=3, generator=[stream(0)] * 2), "generator must be one or 3"),
         (lambda: DagConvNet(SuperGraph(2, [(0, 1)])), "no operation from the input to the output"),
         (lambda: mlp(G)(torch.zeros(5, 6), torch.ones(3, 7)), "masks must have shape"),
         (lambda: mlp(G, 2)(torch.zeros(5, 6), masks_of(G)), "masks must have shape"),
+        (
+            lambda: mlp(G)(torch.zeros(5, 6), np.full((1, G.num_edges), np.nan)),
+            "masks must be binary, got the value nan",
+        ),
+        (lambda: mlp(G)(torch.zeros(5, 6), torch.full((1, G.num_edges), -3)), "masks must be binary, got the value -3"),
         (lambda: mlp(G)(torch.zeros(5, 6).double(), G.path_edges(PATH)[None] ^ G.path_edges(PATH)), "pruned"),
         (lambda: mlp(G)(torch.zeros(5, 6).double(), LOOSE[None]), "pruned"),
         (lambda: mlp(G, 2)(torch.zeros(3, 5, 6), masks_of(G, 2)), "x must have 2 dimensions"),
@@ -292,13 +297,18 @@ def test_cosine_ends_at_zero():
         (lambda: trainer(mlp(G), sandwich(G)).fit(X, Y, steps=0, generator=stream(0)), "steps must be >= 1"),
         (
             lambda: trainer(mlp(G), sandwich(G)).fit(X, Y, steps=1, batch_size=201, generator=stream(0)),
-            "batch_size in 1..200",
+            "batch_size must be from 1 to 200, got 201",
         ),
         (
             lambda: trainer(mlp(G), sandwich(G)).fit(X, Y, steps=1, generator=[stream(0)] * 2),
             "generator must be one a copy",
         ),
         (lambda: trainer(mlp(G), sandwich(layered_graph(4, 3))).step(X, Y), "edges of the supernet only"),
+        (
+            lambda: trainer(mlp(G), sandwich(G)).fit(X, Y.repeat(2), steps=1, generator=stream(0)),
+            "y must hold one label",
+        ),
+        (lambda: anytime_accuracy(mlp(G), G.adjacency[None], X, Y, chunk=0), "chunk must be >= 1"),
     ],
 )
 def test_bad_training(call, message):
@@ -313,6 +323,14 @@ def test_accuracy_counts_hits():
     np.testing.assert_allclose(found, 100 * np.array([float(e) for e in expected]), rtol=1e-6)
     both = mlp(G, copies=2)
     assert anytime_accuracy(both, np.stack([subnetworks] * 2), X, Y).shape == (2, 5) and found.grad_fn is None
+
+
+def test_a_net_that_has_diverged_is_never_right():
+    net = mlp(G)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(torch.nan)
+    assert anytime_accuracy(net, sandwich(G)(3), X, torch.zeros_like(Y)).tolist() == [0, 0, 0]
 
 
 # ---------------------------------------------------------------- direction

@@ -1,23 +1,6 @@
 """Optimisers: adaptive methods whose hyper-parameters mean what they say."""
 
-from effnb.optim import functional
-from effnb.optim.avagrad import (
-    AvaGrad,
-    AvaGradW,
-    AxisSearch,
-    DelayedAdam,
-    SweepResult,
-    clipped_chains,
-    lr_eps_sweep,
-)
+from effnb.optim import avagrad, functional
+from effnb.optim.avagrad import *  # noqa: F403
 
-__all__ = [
-    "AvaGrad",
-    "AvaGradW",
-    "AxisSearch",
-    "DelayedAdam",
-    "SweepResult",
-    "clipped_chains",
-    "functional",
-    "lr_eps_sweep",
-]
+__all__ = [*avagrad.__all__, "functional"]

@@ -1,8 +1,7 @@
 """AvaGrad, AvaGradW and Delayed Adam, with what it takes to see how lr and eps interact."""
 
-from effnb.optim.avagrad.counterexample import clipped_chains
 from effnb.optim.avagrad.optimizers import AvaGrad, AvaGradW, DelayedAdam
-from effnb.optim.avagrad.sweep import AxisSearch, SweepResult, lr_eps_sweep
+from effnb.optim.avagrad.study import AxisSearch, SweepResult, clipped_chains, lr_eps_sweep
 
 __all__ = [
     "AvaGrad",

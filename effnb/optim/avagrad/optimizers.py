@@ -1,11 +1,110 @@
-"""AvaGrad, AvaGradW and Delayed Adam as ``torch.optim.Optimizer`` classes."""
+"""AvaGrad, AvaGradW and Delayed Adam as ``torch.optim.Optimizer``; the steps stand in ``effnb.optim.functional``."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from effnb.optim.avagrad.base import DEFAULTS, DelayedRate, require
+from effnb.common import check_choice
+from effnb.optim.avagrad.fused import check_fusable
+from effnb.optim.functional import Rule, check_grads, take_step
+
+STATE = ("exp_avg", "exp_avg_sq", "step")
+
+
+class DelayedRate(Optimizer):
+    """What the three optimizers share: state, checks, checkpoints, and the loop over parameter groups."""
+
+    def __init__(self, params: Iterable, rule: Rule, error_if_nonfinite: bool) -> None:
+        super().__init__(params, {**rule._asdict(), "gamma": None, "error_if_nonfinite": error_if_nonfinite})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, with the same checks as in the constructor.
+
+        Args:
+            param_group: ``"params"`` and any hyper-parameters that differ from the defaults.
+
+        Raises:
+            TypeError: a hyper-parameter that must be a number and is none.
+            ValueError: a hyper-parameter out of range.
+        """
+        group = {**self.defaults, **param_group}
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].cpu()  # looked at once, here: in a step that would wait for the device
+        Rule(**{name: group[name] for name in Rule._fields}).check()
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        for entry in self.state.values():
+            if "step" in entry and not isinstance(entry["step"], Tensor):  # as the official code stores it
+                entry["step"] = torch.tensor(float(entry["step"]), dtype=torch.float32)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a saved state; also reads checkpoints of the official code.
+
+        Args:
+            state_dict: what ``state_dict()`` returned.
+
+        Raises:
+            ValueError: the state belongs to another optimizer (an entry of ``step``, ``exp_avg``, ``exp_avg_sq``
+                is missing).
+        """
+        for index, entry in state_dict["state"].items():
+            missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in entry]
+            if missing:
+                name = type(self).__name__
+                raise ValueError(f"state_dict must come from {name}: parameter {index} has no {', '.join(missing)}")
+        super().load_state_dict(state_dict)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: recomputes the loss (with gradients enabled) and returns it.
+
+        Returns:
+            The loss of ``closure``, or ``None`` without one.
+
+        Raises:
+            NotImplementedError: a gradient is sparse.
+            ValueError: a gradient is not finite and ``error_if_nonfinite`` is set, or ``fused`` meets a dtype that it
+                does not support. No group has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:  # all groups before the first is changed
+            check_grads([p.grad for p in group["params"]], type(self).__name__, group["error_if_nonfinite"])
+            if group["fused"]:
+                check_fusable([p for p in group["params"] if p.grad is not None])
+        with torch.set_grad_enabled(any(group["differentiable"] for group in self.param_groups)):
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p.grad is not None]
+                if not params:
+                    continue
+                states = [self._state_of(p, group["capturable"]) for p in params]
+                columns = ([state[name] for state in states] for name in STATE)
+                rule = Rule(**{name: group[name] for name in Rule._fields})
+                grads = [p.grad for p in params]
+                group["gamma"] = take_step(params, grads, *columns, rule, group["gamma"], carries=states)
+        return loss
+
+    def _state_of(self, p: Tensor, capturable: bool) -> dict[str, Any]:
+        """The state of a parameter, made at its first gradient: its bias corrections count its own steps."""
+        state = self.state[p]
+        if "step" not in state:
+            # float32 whatever the default is: a bfloat16 counter stops at 256.
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if capturable else "cpu")
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return state
 
 
 class AvaGrad(DelayedRate):
@@ -13,11 +112,12 @@ class AvaGrad(DelayedRate):
 
     .. math::
         \eta_t = \frac{1}{\sqrt{v_{t-1}/(1-\beta_2^{t-1})} + \epsilon}, \quad
-        w_t = w_{t-1} - lr\,\frac{\sqrt d\;\eta_t}{\lVert\eta_t\rVert_2}\,\frac{m_t}{1-\beta_1^t}
+        w_t = w_{t-1} - lr\,\gamma_t\,\eta_t\,\frac{m_t}{1-\beta_1^t}, \quad
+        \gamma_t = \frac{\sqrt d}{\lVert\eta_t\rVert_2}
 
     The norm runs over all ``d`` entries of a parameter group that have a gradient in this step, hence ``lr`` means the
-    same whatever ``eps`` is: search one, then the other. ``param_groups[i]["gamma"]`` holds
-    :math:`\sqrt d / \lVert\eta_t\rVert_2` after a step, for plots.
+    same whatever ``eps`` is: search one, then the other. ``param_groups[i]["gamma"]`` holds :math:`\gamma_t` after a
+    step, for plots.
 
     * ``eps`` is added *after* the bias correction and the square root, and its default, 0.1, is meant: a small ``eps``
       makes the method adapt more.
@@ -38,7 +138,7 @@ class AvaGrad(DelayedRate):
         norm: ``"current"`` or ``"lagged"``.
         first_step: ``"skip"`` or ``"sgd"``.
         foreach: batched path, the default wherever it applies.
-        fused: one compiled in-place sweep per step, float32 or float64; the first step compiles (seconds to a minute),
+        fused: one compiled in-place pass per step, float32 or float64; the first step compiles (seconds to a minute),
             and falls back to foreach where there is no compiler.
         maximize: ascend instead of descend.
         capturable: keep counters and normaliser as tensors on the device, so that a graph can be captured.
@@ -46,6 +146,7 @@ class AvaGrad(DelayedRate):
         error_if_nonfinite: raise before a step with nan or inf in a gradient.
 
     Raises:
+        TypeError: ``lr``, ``eps`` or ``weight_decay`` is no number.
         ValueError: a hyper-parameter out of range, an unknown ``norm`` or ``first_step``, ``foreach`` with ``fused``.
 
     Reference: savarese2021avagrad.
@@ -78,23 +179,21 @@ class AvaGrad(DelayedRate):
         differentiable: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        require(norm in ("current", "lagged"), "norm", "'current' or 'lagged'", repr(norm))
-        options = {name: value for name, value in locals().items() if name in DEFAULTS}
-        super().__init__(params, lr=lr, betas=betas, eps=eps, **options)
+        check_choice("norm", norm, ("current", "lagged"))
+        options = (decoupled_weight_decay, norm, first_step, foreach, fused, maximize, capturable, differentiable)
+        super().__init__(params, Rule(lr, betas, eps, weight_decay, *options), error_if_nonfinite)
 
 
 class AvaGradW(AvaGrad):
     """AvaGrad with decoupled weight decay: weights shrink by ``lr * weight_decay`` besides the adaptive step.
 
     Args:
-        params: tensors or dictionaries of parameter groups.
-        lr: learning rate >= 0.
-        betas: decay rates of the two moments, in [0, 1).
-        eps: adaptability, > 0.
+        params, lr, betas, eps: as :class:`AvaGrad`.
         weight_decay: >= 0; 0 by default, as in the official code.
         **options: as :class:`AvaGrad`, except ``decoupled_weight_decay``.
 
     Raises:
+        TypeError: as :class:`AvaGrad`.
         ValueError: as :class:`AvaGrad`.
 
     Reference: savarese2021avagrad.
@@ -125,22 +224,13 @@ class DelayedAdam(DelayedRate):
     ``w - lr * g`` (``"sgd"``).
 
     Args:
-        params: tensors or dictionaries of parameter groups.
-        lr: learning rate >= 0.
-        betas: decay rates of the two moments, in [0, 1).
+        params, lr, betas, weight_decay, decoupled_weight_decay, first_step: as :class:`AvaGrad`.
         eps: > 0, added after the bias correction and the square root.
-        weight_decay: >= 0.
-        decoupled_weight_decay: decay as in AdamW.
-        first_step: ``"skip"`` or ``"sgd"``.
-        foreach: batched path, the default wherever it applies.
-        fused: one compiled in-place sweep per step.
-        maximize: ascend instead of descend.
-        capturable: keep counters as tensors on the device.
-        differentiable: let autograd see the steps.
-        error_if_nonfinite: raise before a step with nan or inf in a gradient.
+        foreach, fused, maximize, capturable, differentiable, error_if_nonfinite: as :class:`AvaGrad`.
 
     Raises:
-        ValueError: a hyper-parameter out of range, an unknown ``first_step``, ``foreach`` with ``fused``.
+        TypeError: as :class:`AvaGrad`.
+        ValueError: as :class:`AvaGrad`.
 
     Reference: savarese2021avagrad.
 
@@ -171,5 +261,5 @@ class DelayedAdam(DelayedRate):
         differentiable: bool = False,
         error_if_nonfinite: bool = False,
     ) -> None:
-        options = {name: value for name, value in locals().items() if name in DEFAULTS}
-        super().__init__(params, lr=lr, betas=betas, eps=eps, norm=None, **options)
+        options = (decoupled_weight_decay, None, first_step, foreach, fused, maximize, capturable, differentiable)
+        super().__init__(params, Rule(lr, betas, eps, weight_decay, *options), error_if_nonfinite)

@@ -1,4 +1,4 @@
-"""Scores over a grid of learning rates and eps, and how far the best learning rate moves in it."""
+"""How lr and eps interact: scores over a grid of both, and a problem on which a rate that sees its gradient fails."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from effnb.common import check_choice, check_count, check_number
+
 
 class AxisSearch(NamedTuple):
-    """What a search of one axis after the other finds, and what it costs; ``regret`` is against the full grid.
-
-    Reference: savarese2021avagrad.
-    """
+    """What a search of one axis after the other finds, and what it costs; ``regret`` is against the full grid."""
 
     lr: float
     eps: float
@@ -33,8 +32,6 @@ class SweepResult:
 
     Raises:
         ValueError: a shape that does not fit, a value <= 0, or a row without any finite score.
-
-    Reference: savarese2021avagrad.
 
     >>> grid = SweepResult((0.1, 1.0, 10.0), (0.1, 1.0), (0,), np.array([[[1.0], [5.0], [4.8]], [[1.0], [2.0], [5.0]]]))
     >>> grid.best_lr_per_eps()  # 1 and 10 tie in the first row: their geometric mean
@@ -71,8 +68,7 @@ class SweepResult:
 
         A plain argmax over noisy scores jumps between ties and looks like a drift where there is none.
         """
-        if tolerance < 0:
-            raise ValueError(f"tolerance must be >= 0, got {tolerance}")
+        check_number("tolerance", tolerance, ge=0)
         near = self.table >= np.nanmax(self.table, axis=1, keepdims=True) - tolerance
         logs = np.log10(self.lrs)
         return np.array([10 ** logs[row].mean() for row in near])
@@ -153,8 +149,6 @@ def lr_eps_sweep(
     Raises:
         ValueError: an empty or unsorted axis, or a value <= 0.
 
-    Reference: savarese2021avagrad.
-
     >>> result = lr_eps_sweep(lambda lr, eps, seed: -abs(np.log10(lr / eps)), (0.1, 1.0), (0.1, 1.0), (0,))
     >>> round(result.slope(), 6)  # the best learning rate is eps: a diagonal
     1.0
@@ -167,3 +161,73 @@ def lr_eps_sweep(
             raise ValueError(f"{name} must be > 0 and increasing, got {list(axis)}")
     scores = [[[float(fn(lr=lr, eps=eps, seed=seed)) for seed in seeds] for lr in lrs] for eps in epss]
     return SweepResult(tuple(lrs), tuple(epss), tuple(seeds), np.array(scores))
+
+
+def clipped_chains(
+    method: str,
+    beta2: float | Sequence[float],
+    *,
+    curvature: float = 8.0,
+    probability: float = 0.2,
+    lr: float = 0.1,
+    eps: float = 1e-8,
+    steps: int = 20_000,
+    chains: int = 200,
+    tail: float = 0.2,
+    seed: int = 0,
+) -> np.ndarray:
+    r"""Run many chains of stochastic descent on ``[0, 1]`` and return the mean of each over its last steps.
+
+    The loss is :math:`C w^2/2` with probability ``p`` and :math:`-w` otherwise, so the expected loss has its minimum
+    at :math:`w^* = (1-p)/(pC)` (0.5 by default). There is no momentum, the step size is ``lr / sqrt(t)``, and ``w`` is
+    clipped to ``[0, 1]`` after each step.
+
+    Args:
+        method: ``"adam"`` (rate from :math:`v_t`), ``"delayed_adam"`` (from :math:`v_{t-1}`), or ``"sgd"`` (rate one;
+            AvaGrad in one dimension).
+        beta2: decay rate of the second moment, in [0, 1); with several, all see the same random numbers.
+        curvature, probability: ``C`` > 0 and ``p`` in (0, 1).
+        lr, eps: step size at the first step, and what is added to the root of the second moment, > 0.
+        steps, chains: steps of each chain, and how many chains, >= 1.
+        tail: fraction of the steps to average over, in (0, 1].
+        seed: of the random numbers.
+
+    Returns:
+        ``(chains,)`` means, or ``(len(beta2), chains)``.
+
+    Raises:
+        TypeError: a number that is none.
+        ValueError: an argument out of its range.
+
+    Reference: savarese2021avagrad.
+
+    >>> bool(clipped_chains("adam", 0.0, steps=2000, chains=10).mean() > 0.95)  # the boundary, far from 0.5
+    True
+    """
+    check_choice("method", method, ("adam", "delayed_adam", "sgd"))
+    decay = np.asarray(beta2, dtype=float)[..., None]
+    if not ((decay >= 0) & (decay < 1)).all():
+        raise ValueError(f"beta2 must be in [0, 1), got {beta2}")
+    check_number("probability", probability, gt=0, lt=1)
+    check_number("tail", tail, gt=0, le=1)
+    for name, value in {"curvature": curvature, "lr": lr, "eps": eps}.items():
+        check_number(name, value, gt=0)
+    check_count("steps", steps)
+    check_count("chains", chains)
+    rng = np.random.default_rng(seed)
+    w = np.broadcast_to(rng.random(chains), (*decay.shape[:-1], chains))
+    v = np.zeros_like(w)
+    start, total = steps - max(1, round(steps * tail)), np.zeros_like(w)
+    for t in range(1, steps + 1):
+        g = np.where(rng.random(chains) < probability, curvature * w, -1.0)
+        before, v = v, decay * v + (1 - decay) * g * g
+        if method == "adam":
+            rate = 1 / (np.sqrt(v / (1 - decay**t)) + eps)
+        elif method == "sgd":
+            rate = 1.0
+        else:  # at t = 1 there is no second moment yet: no step
+            rate = 1 / (np.sqrt(before / (1 - decay ** (t - 1))) + eps) if t > 1 else 0.0
+        w = np.clip(w - lr / np.sqrt(t) * rate * g, 0, 1)
+        if t > start:
+            total += w
+    return total / (steps - start)

@@ -8,25 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from effnb.anytime.samplers import (
-    AnchoredSampler,
-    JointSampler,
-    SandwichSampler,
-    TIPSSampler,
-    UniformSampler,
-    mean_scores,
-)
-
-__all__ = [
-    "AnchoredSampler",
-    "AnytimeTrainer",
-    "JointSampler",
-    "SandwichSampler",
-    "TIPSSampler",
-    "UniformSampler",
-    "anytime_accuracy",
-    "mean_scores",
-]
+from effnb.common import check_count
 
 Sampler = Callable[[int], np.ndarray]
 
@@ -47,7 +29,7 @@ class AnytimeTrainer:
     Raises:
         ValueError: ``T`` below 1, a number of samplers that does not fit.
 
-    Reference: li2023tips, yu2019universally.
+    Reference: yu2019universally.
 
     >>> from effnb.anytime import DagMLP, SandwichSampler, SuperGraph, UniformSampler
     >>> graph = SuperGraph(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
@@ -68,15 +50,14 @@ class AnytimeTrainer:
         T: int = 4,
         distill: bool = False,
     ) -> None:
-        if T < 1:
-            raise ValueError(f"T must be >= 1, got {T}")
+        check_count("T", T)
         self.samplers = list(sampler) if isinstance(sampler, Sequence) else [sampler]
         if len(self.samplers) != supernet.copies:
             raise ValueError(f"sampler must be one a copy, {supernet.copies}, got {len(self.samplers)}")
         self.supernet, self.optimizer, self.T, self.distill = supernet, optimizer, T, distill
 
     def losses(self, x: Tensor, y: Tensor) -> Tensor:
-        """Losses ``(copies, T)`` of freshly sampled subnetworks, with gradients.
+        """Return the losses ``(copies, T)`` of freshly sampled subnetworks, with gradients.
 
         Args:
             x: ``(copies, batch, ...)``, or ``(batch, ...)`` for one copy.
@@ -99,10 +80,10 @@ class AnytimeTrainer:
         return F.cross_entropy(logits.flatten(0, 2), target, reduction="none").view(copies, T, batch).mean(-1)
 
     def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """One optimizer step; returns the losses ``(copies, T)`` before it. Copies do not influence each other."""
+        """Take one optimizer step and return the losses ``(copies, T)`` before it."""
         self.optimizer.zero_grad()
         losses = self.losses(x, y)
-        losses.mean(1).sum().backward()
+        losses.mean(1).sum().backward()  # the sum over copies: none influences another's gradient
         self.optimizer.step()
         return losses.detach()
 
@@ -117,7 +98,7 @@ class AnytimeTrainer:
         cosine: bool = True,
         on_step: Callable[[int], object] | None = None,
     ) -> Tensor:
-        """Train for a number of steps; returns the losses ``(steps, copies, T)``.
+        """Train for a number of steps and return the losses ``(steps, copies, T)``.
 
         Args:
             x: ``(N, ...)`` samples.
@@ -129,15 +110,20 @@ class AnytimeTrainer:
             on_step: called with the number of the step after its backward pass and update.
 
         Raises:
-            ValueError: ``steps`` or ``batch_size`` out of range, a number of generators that does not fit.
+            ValueError: ``steps`` or ``batch_size`` out of range, other numbers of labels or generators than of samples
+                or copies.
         """
         streams = list(generator) if isinstance(generator, Sequence) else [generator]
         if len(streams) != len(self.samplers):
             raise ValueError(f"generator must be one a copy, {len(self.samplers)}, got {len(streams)}")
-        if steps < 1 or not 1 <= batch_size <= len(x):
-            raise ValueError(f"steps must be >= 1 and batch_size in 1..{len(x)}, got {steps}, {batch_size}")
+        if len(y) != len(x):
+            raise ValueError(f"y must hold one label a sample, {len(x)}, got {len(y)}")
+        check_count("steps", steps)
+        check_count("batch_size", batch_size, le=len(x))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps) if cosine else None
-        order = torch.stack([_order(len(x), steps * batch_size, stream) for stream in streams]).to(x.device)
+        count = steps * batch_size  # permutation after permutation: every sample before any comes twice
+        orders = [[torch.randperm(len(x), generator=s) for _ in range(-(-count // len(x)))] for s in streams]
+        order = torch.stack([torch.cat(rounds)[:count] for rounds in orders]).to(x.device)
         history = []
         for step, index in enumerate(order.split(batch_size, 1)):
             history.append(self.step(x[index], y[index]))
@@ -148,17 +134,11 @@ class AnytimeTrainer:
         return torch.stack(history)
 
 
-def _order(size: int, count: int, generator: Generator) -> Tensor:
-    """Indices of ``count`` samples: permutation after permutation."""
-    rounds = -(-count // size)
-    return torch.cat([torch.randperm(size, generator=generator) for _ in range(rounds)])[:count]
-
-
 @torch.no_grad()
 def anytime_accuracy(
     supernet: nn.Module, subnetworks: np.ndarray, x: Tensor, y: Tensor, *, chunk: int = 8, batch_size: int = 1024
 ) -> Tensor:
-    """Accuracy of subnetworks in percent.
+    """Return the accuracy of subnetworks in percent; a sample with a nan among its logits counts as wrong.
 
     Args:
         supernet: a :class:`DagMLP` or :class:`DagConvNet`.
@@ -172,16 +152,23 @@ def anytime_accuracy(
         ``(T,)`` or ``(copies, T)``.
 
     Raises:
-        ValueError: edges outside the supernet, shapes that do not fit.
-
-    Reference: li2023tips.
+        ValueError: edges outside the supernet, shapes that do not fit, a chunk or batch below 1.
 
     >>> from effnb.anytime import DagMLP, SuperGraph
     >>> graph = SuperGraph(3, [(0, 1), (1, 2)])
     >>> anytime_accuracy(DagMLP(graph, 4), graph.adjacency[None], torch.zeros(6, 4), torch.zeros(6).long()).shape
     torch.Size([1])
     """
+    check_count("chunk", chunk)
+    check_count("batch_size", batch_size)
     masks = torch.from_numpy(supernet.graph.masks(subnetworks)).split(chunk, -2)
     batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
-    hits = [sum((supernet(a, part).argmax(-1) == b).sum(-1) for a, b in batches) for part in masks]
+    hits = []
+    for part in masks:
+        right = 0
+        for samples, labels in batches:
+            logits = supernet(samples, part)
+            # argmax takes a nan for the largest: a net that has diverged would be right where that is the label
+            right = right + ((logits.argmax(-1) == labels) & ~logits.isnan().any(-1)).sum(-1)
+        hits.append(right)
     return 100 * torch.cat(hits, -1) / len(y)

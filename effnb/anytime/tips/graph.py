@@ -6,13 +6,84 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import torch
 
-from effnb.anytime.adjacency import Rng, as_rng, check_adjacency, prune_to_terminals
-
-__all__ = ["SuperGraph", "prune_to_terminals", "sample_masks", "sample_subgraph"]
+from effnb.common import check_count, check_number
 
 Array = np.ndarray
+Rng = np.random.Generator | torch.Generator | int | Sequence[int]
 TRIES, ROUNDS, CHUNK = 32, 2000, 256  # draws at a time for each subnetwork, most rounds, subnetworks at a time
+
+
+def as_rng(rng: Rng) -> np.random.Generator:
+    """A NumPy generator from one (used as it is), a torch generator (which gives a seed) or a seed; never ``None``."""
+    if rng is None:
+        raise TypeError("rng must be a generator or a seed, got None")
+    if isinstance(rng, torch.Generator):
+        return np.random.default_rng(int(torch.randint(2**62, (), generator=rng, device=rng.device)))
+    return np.random.default_rng(rng)
+
+
+def check_adjacency(adjacency: Array, name: str = "adjacency") -> Array:
+    """The matrix as ``bool`` after all checks: square, binary, acyclic, nodes in topological order, a path to the end.
+
+    Raises:
+        ValueError: naming the rule that is broken, with the cycle if there is one.
+    """
+    a = np.asarray(adjacency)
+    if a.ndim != 2 or a.shape[0] != a.shape[1] or len(a) < 2:
+        raise ValueError(f"{name} must be a square matrix of at least 2 nodes, got shape {a.shape}")
+    binary = a.astype(bool)
+    if a.dtype != bool and not (a == binary).all():
+        raise ValueError(f"{name} must be binary, got the value {a[a != binary].flat[0]}")
+    if np.tril(binary).any():
+        alive = binary.copy()
+        while (dead := ~alive.any(1) & alive.any(0)).any():  # nodes without a way out lie on no cycle
+            alive[:, dead] = False
+        if alive.any():  # every node that is left leads on: a walk must come back to itself
+            walk = [int(alive.any(1).argmax())]
+            while (following := int(alive[walk[-1]].argmax())) not in walk:
+                walk.append(following)
+            cycle = [*walk[walk.index(following) :], following]
+            raise ValueError(f"{name} must be acyclic, got the cycle {' -> '.join(map(str, cycle))}")
+        i, j = (int(k[0]) for k in np.nonzero(np.tril(binary)))
+        raise ValueError(f"{name} must have its nodes in topological order, got the edge {i} -> {j}")
+    if not nodes_on_paths(binary)[-1]:
+        raise ValueError(f"{name} must have a path from node 0 to node {len(a) - 1}, got none")
+    return binary
+
+
+def nodes_on_paths(a: Array) -> Array:
+    """``(n,)``: whether a node of a topologically ordered graph lies on a path from the first to the last node."""
+    n = len(a)
+    ahead, back = np.zeros(n, bool), np.zeros(n, bool)
+    ahead[0] = back[-1] = True
+    for v in range(n):
+        if ahead[v]:
+            ahead |= a[v]
+        u = n - 1 - v
+        if back[u]:
+            back |= a[:, u]
+    return ahead & back
+
+
+def prune_to_terminals(adjacency: Array) -> Array:
+    """Return the matrix with only the edges on some path from node 0 to the last node.
+
+    Args:
+        adjacency: ``(n, n)``, binary, nodes in topological order.
+
+    Returns:
+        A new matrix of the same dtype; rows and columns of nodes off all paths are zero.
+
+    Raises:
+        ValueError: not square, not binary, cyclic (the cycle is named), not in topological order, or no path.
+
+    >>> prune_to_terminals(np.array([[0, 1, 1], [0, 0, 0], [0, 0, 0]])).tolist()  # node 1 leads nowhere
+    [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
+    """
+    on = nodes_on_paths(check_adjacency(adjacency))
+    return np.where(on[:, None] & on, adjacency, 0).astype(np.asarray(adjacency).dtype)
 
 
 @dataclass(frozen=True)
@@ -39,8 +110,7 @@ class SuperGraph:
 
     def __post_init__(self) -> None:
         edges = sorted((int(i), int(j)) for i, j in self.edges)
-        if self.n < 2:
-            raise ValueError(f"n must be >= 2, got {self.n}")
+        check_count("n", self.n, ge=2)
         if wrong := [e for e in edges if not 0 <= min(e) <= max(e) < self.n]:
             raise ValueError(f"edges must join nodes in 0..{self.n - 1}, got {wrong[0]}")
         if len(set(edges)) < len(edges):
@@ -50,7 +120,7 @@ class SuperGraph:
 
     @classmethod
     def from_adjacency(cls, adjacency: Array) -> "SuperGraph":
-        """The graph of a binary ``(n, n)`` matrix."""
+        """Return the graph of a binary ``(n, n)`` matrix."""
         a = check_adjacency(adjacency)
         return cls(len(a), tuple(zip(*(k.tolist() for k in np.nonzero(a)), strict=True)))
 
@@ -71,14 +141,14 @@ class SuperGraph:
         return self.matrices(np.ones(len(self.edges), bool))
 
     def matrices(self, masks: Array) -> Array:
-        """Adjacency matrices ``(..., n, n)`` of edge masks ``(..., E)``."""
+        """Return the adjacency matrices ``(..., n, n)`` of edge masks ``(..., E)``."""
         masks = np.asarray(masks)
         out = np.zeros((*masks.shape[:-1], self.n, self.n), np.int64)
         out[..., self.ends[0], self.ends[1]] = masks
         return out
 
     def masks(self, adjacency: Array) -> Array:
-        """Edge masks ``(..., E)`` of adjacency matrices ``(..., n, n)`` of subgraphs."""
+        """Return the edge masks ``(..., E)`` of adjacency matrices ``(..., n, n)`` of subgraphs."""
         a = np.asarray(adjacency)
         if a.shape[-2:] != (self.n, self.n):
             raise ValueError(f"adjacency must end in ({self.n}, {self.n}), got shape {a.shape}")
@@ -88,7 +158,7 @@ class SuperGraph:
         return found
 
     def prune(self, masks: Array) -> Array:
-        """Pruned edge masks ``(k, E)``; a row that has lost its last path is all ``False``."""
+        """Return pruned edge masks ``(k, E)``; a row that has lost its last path is all ``False``."""
         columns = np.ascontiguousarray(np.asarray(masks, bool).T)
         ahead, back = np.zeros((2, self.n, columns.shape[1]), bool)
         ahead[0] = back[-1] = True
@@ -99,7 +169,7 @@ class SuperGraph:
         return (columns & ahead[self.ends[0]] & back[self.ends[1]]).T
 
     def path_edges(self, path: Sequence[int]) -> Array:
-        """Edge mask ``(E,)`` of a path from input to output, given by its nodes."""
+        """Return the edge mask ``(E,)`` of a path from input to output, given by its nodes."""
         steps = set(pairwise(path))
         if list(path[:1]) != [0] or path[-1] != self.n - 1 or not steps <= set(self.edges):
             raise ValueError(f"path must lead from 0 to {self.n - 1} along edges of the graph, got {list(path)}")
@@ -107,6 +177,7 @@ class SuperGraph:
 
     @cached_property
     def _ways(self) -> list[int]:
+        """Number of paths from each node to the output; Python integers, which do not overflow."""
         ways = [0] * (self.n - 1) + [1]
         for i, j in reversed(self.edges):
             ways[i] += ways[j]
@@ -119,11 +190,11 @@ class SuperGraph:
         return {v for e, kept in zip(self.edges, alive, strict=True) if kept for v in e}
 
     def count_paths(self) -> int:
-        """Exact number of paths from input to output, without listing them."""
+        """Return the exact number of paths from input to output, without listing them."""
         return self._ways[0]
 
     def paths(self) -> Iterator[list[int]]:
-        """All paths from input to output in lexicographic order; their number may be exponential."""
+        """Yield all paths from input to output in lexicographic order; their number may be exponential."""
         stack = [[0]]
         following = [[j for i, j in self.edges if i == v and self._ways[j]] for v in range(self.n)]
         while stack:
@@ -133,7 +204,7 @@ class SuperGraph:
             stack.extend([*path, j] for j in reversed(following[path[-1]]))
 
     def random_path(self, rng: Rng) -> list[int]:
-        """One path, every path with the same probability."""
+        """Return one path, every path with the same probability."""
         rng, path = as_rng(rng), [0]
         while path[-1] != self.n - 1:
             options = [j for i, j in self.edges if i == path[-1] and self._ways[j]]
@@ -143,6 +214,7 @@ class SuperGraph:
 
 
 def check_keeps(keep: float | Array, count: int, anchored: bool) -> Array:
+    """``(count,)`` probabilities of keeping an operation; 0 only where an anchor is left."""
     keeps = np.broadcast_to(np.asarray(keep, float), count)
     if not (np.isfinite(keeps).all() and (keeps <= 1).all() and ((keeps >= 0) if anchored else (keeps > 0)).all()):
         raise ValueError(f"keep must be in {'[0, 1]' if anchored else '(0, 1]'}, got {keep}")
@@ -158,7 +230,7 @@ def sample_masks(
     anchor_keep: float = 1.0,
     rng: Rng,
 ) -> Array:
-    """Edge masks of random subnetworks: operations kept one by one, pruned, drawn again where no path is left.
+    """Return edge masks of random subnetworks: operations kept one by one, pruned, drawn again where no path is left.
 
     Args:
         graph: the supernet.
@@ -173,19 +245,18 @@ def sample_masks(
 
     Raises:
         ValueError: a probability or ``count`` out of range, an anchor that is no path, or no path in 64 000 draws.
-        TypeError: ``rng`` is ``None``.
-
-    Reference: li2023tips.
+        TypeError: ``rng`` is ``None``, or a number that is none.
 
     >>> sample_masks(SuperGraph(3, [(0, 1), (1, 2), (0, 2)]), 0.0, 1, anchor=[0, 2], rng=0)  # edges 01, 02, 12
     array([[False,  True, False]])
     """
     rng = as_rng(rng)
-    if count < 1 or not 0 < anchor_keep <= 1:
-        raise ValueError(f"count must be >= 1 and anchor_keep in (0, 1], got {count}, {anchor_keep}")
+    check_count("count", count)
+    check_number("anchor_keep", anchor_keep, gt=0, le=1)
     chance = np.repeat(check_keeps(keep, count, anchor is not None)[:, None], graph.num_edges, axis=1)
     if anchor is not None:
         chance[:, graph.path_edges(anchor)] = anchor_keep
+    # A kept anchor is a path already. Else many draws at once: at a low keep hardly any is connected.
     tries = 1 if anchor is not None and anchor_keep == 1 else TRIES
     masks, todo = np.zeros(chance.shape, bool), np.arange(count)
     for _ in range(ROUNDS):
@@ -204,25 +275,58 @@ def sample_masks(
 def sample_subgraph(
     graph: SuperGraph, keep: float, *, anchor: Sequence[int] | None = None, anchor_keep: float = 1.0, rng: Rng
 ) -> Array:
-    """One random subnetwork as a pruned adjacency matrix (see :func:`sample_masks`).
+    """Return one random subnetwork as a pruned adjacency matrix.
 
     Args:
-        graph: the supernet.
-        keep: probability of keeping an operation, in (0, 1] (0 with an anchor).
-        anchor: nodes of a path whose operations are kept with ``anchor_keep`` instead.
-        anchor_keep: probability in (0, 1].
-        rng: generator or seed.
+        graph, keep, anchor, anchor_keep, rng: as :func:`sample_masks`.
 
     Returns:
         ``(n, n)`` zeros and ones.
 
     Raises:
-        ValueError: a probability out of range, an anchor that is no path, or no path in 64 000 draws.
-        TypeError: ``rng`` is ``None``.
-
-    Reference: li2023tips.
+        TypeError: as :func:`sample_masks`.
+        ValueError: as :func:`sample_masks`.
 
     >>> sample_subgraph(SuperGraph(3, [(0, 1), (1, 2), (0, 2)]), 1.0, rng=0).tolist()
     [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
     """
     return graph.matrices(sample_masks(graph, keep, 1, anchor=anchor, anchor_keep=anchor_keep, rng=rng)[0])
+
+
+def layered_graph(layers: int, width: int, p: float = 1.0, *, min_edges: int = 0, rng: Rng = 0) -> SuperGraph:
+    """Return a random layered supernet: input, ``layers`` layers of ``width`` nodes, output.
+
+    Input and output are joined to their whole neighbouring layer, nodes of neighbouring layers with probability ``p``.
+    Draws in which a node lies on no path, or with fewer than ``min_edges`` edges, are rejected.
+
+    Args:
+        layers: >= 1.
+        width: nodes of a layer, >= 1.
+        p: probability of a connection, in (0, 1].
+        min_edges: least number of operations.
+        rng: generator or seed.
+
+    Raises:
+        TypeError: a number that is none.
+        ValueError: an argument out of range, ``min_edges`` above what the layout holds, or no draw in 10 000 passes.
+
+    >>> layered_graph(4, 3).num_edges, layered_graph(4, 3, 0.6, rng=0).n
+    (33, 14)
+    """
+    check_count("layers", layers)
+    check_count("width", width)
+    check_number("p", p, gt=0, le=1)
+    most = 2 * width + (layers - 1) * width**2
+    if min_edges > most:
+        raise ValueError(f"min_edges must be at most {most} for this layout, got {min_edges}")
+    rows = [range(1 + k * width, 1 + (k + 1) * width) for k in range(layers)]
+    rng, last = as_rng(rng), 1 + layers * width
+    fixed = [(0, v) for v in rows[0]] + [(u, last) for u in rows[-1]]
+    between = [(u, v) for a, b in pairwise(rows) for u in a for v in b]
+    for _ in range(10_000):
+        chosen = rng.random(len(between)) < p
+        edges = [*fixed, *(e for e, kept in zip(between, chosen, strict=True) if kept)]
+        inner = {u for u, _ in edges} & {v for _, v in edges}
+        if len(edges) >= min_edges and len(inner) == layers * width:
+            return SuperGraph(last + 1, tuple(edges))
+    raise ValueError(f"p must leave every node on a path with at least {min_edges} edges, got {p}")

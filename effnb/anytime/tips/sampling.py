@@ -1,4 +1,4 @@
-"""Which subnetworks are trained in a step: uniform, anchored to a path, the sandwich rule, fixed lists.
+"""Which subnetworks are trained and tested: samplers for training, equal cost, subnetworks that fill a budget.
 
 A sampler is called with T and returns ``(T, n, n)`` adjacency matrices; its ``smallest()`` is the path that the
 sandwich rule trains in every step.
@@ -8,13 +8,156 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from effnb.anytime.adjacency import Rng, as_rng, check_adjacency, prune_to_terminals
-from effnb.anytime.budget import expected_share, matched_keep
-from effnb.anytime.graph import SuperGraph, check_keeps, sample_masks
-from effnb.anytime.tips import most_important_path, topological_scores
+from effnb.anytime.tips.graph import (
+    Rng,
+    SuperGraph,
+    as_rng,
+    check_adjacency,
+    check_keeps,
+    prune_to_terminals,
+    sample_masks,
+)
+from effnb.anytime.tips.scores import most_important_path, topological_scores
+from effnb.common import check_count
 
 Array = np.ndarray
 STOCK = 256  # subnetworks drawn at once: one at a time would cost more than the training step
+
+
+# ---------------------------------------------------------------- equal cost
+
+
+def shares(graph: SuperGraph, masks: Array, costs: Array | None = None) -> Array:
+    """Return the share of the supernet's cost that subnetworks keep.
+
+    Args:
+        graph: the supernet.
+        masks: ``(..., E)`` operations that are kept.
+        costs: ``(E,)`` positive costs of the operations; ``None`` counts operations.
+
+    Returns:
+        ``(...)`` numbers in [0, 1].
+
+    Raises:
+        ValueError: costs that are not positive or not one an operation.
+
+    >>> float(shares(SuperGraph(3, [(0, 1), (1, 2), (0, 2)]), [True, False, True], costs=[1, 2, 1]))
+    0.5
+    """
+    weights = np.ones(graph.num_edges) if costs is None else np.asarray(costs, float)
+    if weights.shape != (graph.num_edges,) or not (weights > 0).all():
+        raise ValueError(f"costs must hold {graph.num_edges} positive numbers, got shape {weights.shape}")
+    return np.asarray(masks) @ (weights / weights.sum())
+
+
+def expected_share(graph: SuperGraph, keep: float, *, costs: Array | None = None, draws: int = 1024, rng: Rng) -> float:
+    """Mean share of the cost that uniform sampling keeps after pruning and rejection."""
+    return float(shares(graph, sample_masks(graph, keep, draws, rng=rng), costs).mean())
+
+
+def matched_keep(
+    graph: SuperGraph,
+    share: float,
+    anchor: Sequence[int],
+    *,
+    costs: Array | None = None,
+    draws: int = 1024,
+    rng: Rng,
+) -> float:
+    """The probability in [0, 1] at which anchored sampling has the expected cost ``share``, by bisection."""
+    kept = graph.path_edges(anchor)
+    least = float(shares(graph, kept, costs))
+    if not least - 1e-9 <= share <= 1 + 1e-9:
+        raise ValueError(f"share must lie between the cost of the anchor {least:.4f} and 1, got {share}")
+    numbers = as_rng(rng).random((draws, graph.num_edges))  # the same for all steps: the mean is monotone in keep
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        mean = shares(graph, graph.prune((numbers < middle) | kept), costs).mean()
+        low, high = (middle, high) if mean <= share else (low, middle)
+    return low
+
+
+# ---------------------------------------------------------------- budgets
+
+
+def fill_budget(
+    graph: SuperGraph, budget: float, anchors: Sequence[Sequence[int]], priority: Array, *, costs: Array | None = None
+) -> Array:
+    """Grow k paths to maximal subnetworks ``(k, n, n)`` within a budget, operations taken greedily by priority.
+
+    An operation that hangs loose costs nothing until others join it to input and output; one that would exceed the
+    budget is left out. What hangs loose at the end is pruned.
+
+    Args:
+        graph: the supernet.
+        budget: largest share of the supernet's cost, in (0, 1].
+        anchors: k paths to start from, as nodes.
+        priority: ``(k, E)``, higher is taken first; ties go to the lexicographically first edge.
+        costs: of the operations, as :func:`shares`.
+
+    Raises:
+        ValueError: a budget below the cost of a path or above 1, an anchor that is no path, priorities that do not fit.
+    """
+    kept, priority = np.array([graph.path_edges(path) for path in anchors]), np.asarray(priority, float)
+    if priority.shape != kept.shape or np.isnan(priority).any():
+        raise ValueError(f"priority must have shape {kept.shape} and no nan, got shape {priority.shape}")
+    least = float(shares(graph, kept, costs).max())
+    if not least <= budget + 1e-9 <= 1 + 2e-9:
+        raise ValueError(f"budget must lie between the cost of its path {least:.4f} and 1, got {budget}")
+    rows = np.arange(len(kept))
+    for e in np.argsort(-priority, axis=1, kind="stable").T:
+        before = kept[rows, e]
+        kept[rows, e] = True
+        kept[rows, e] = before | (shares(graph, graph.prune(kept), costs) <= budget + 1e-9)
+    return graph.matrices(graph.prune(kept))
+
+
+def candidate_subnetworks(
+    graph: SuperGraph,
+    budget: float,
+    tas: Array,
+    *,
+    anchor: Sequence[int] | None = None,
+    k: int = 8,
+    costs: Array | None = None,
+    rng: Rng,
+) -> Array:
+    """Return subnetworks within a budget for validation to choose from: one greedy by node scores, the others random.
+
+    The first takes operations by the scores of their two end nodes, the others in random order, as long as they fit.
+    All start from ``anchor``, or each from a random path of its own; none can grow within the budget.
+
+    Args:
+        graph: the supernet.
+        budget: largest share of the supernet's cost, in (0, 1].
+        tas: ``(n,)`` node scores.
+        anchor: nodes of a path that all candidates hold; ``None`` draws one for every candidate.
+        k: number of candidates, >= 1.
+        costs: ``(E,)`` positive costs of the operations; ``None`` counts operations.
+        rng: generator or seed.
+
+    Returns:
+        ``(k, n, n)``.
+
+    Raises:
+        ValueError: ``k`` below 1, scores that do not fit, a budget below the cost of a path or above 1, an anchor that
+            is no path.
+
+    >>> graph = SuperGraph(3, [(0, 1), (1, 2), (0, 2)])
+    >>> candidate_subnetworks(graph, 1.0, np.ones(3), k=2, rng=0).sum((1, 2))
+    array([3, 3])
+    """
+    check_count("k", k)
+    if np.shape(tas) != (graph.n,):
+        raise ValueError(f"tas must hold {graph.n} scores, got shape {np.shape(tas)}")
+    rng, scores = as_rng(rng), np.asarray(tas, float)
+    orders = [scores[graph.ends[0]] + scores[graph.ends[1]], *rng.random((k - 1, graph.num_edges))]
+    starts = [graph.random_path(rng) if anchor is None else anchor for _ in orders]
+    return fill_budget(graph, budget, starts, np.array(orders), costs=costs)
+
+
+# ---------------------------------------------------------------- samplers
 
 
 class UniformSampler:
@@ -28,6 +171,7 @@ class UniformSampler:
         rng: generator or seed.
 
     Raises:
+        TypeError: ``rng`` is ``None``.
         ValueError: no or wrong ``keeps``.
 
     Reference: guo2020single, yu2019universally.
@@ -48,7 +192,8 @@ class UniformSampler:
         self._stock = np.zeros((0, graph.num_edges), bool)
 
     def __call__(self, T: int) -> Array:
-        """``(T, n, n)`` subnetworks."""
+        """Return ``(T, n, n)`` subnetworks."""
+        check_count("T", T, ge=0)
         if len(self._stock) < T:
             options = {"anchor": self.anchor, "anchor_keep": self.anchor_keep, "rng": self.rng}
             count = max(T, STOCK)
@@ -58,7 +203,7 @@ class UniformSampler:
         return self.graph.matrices(taken)
 
     def smallest(self) -> Array:
-        """``(n, n)`` cheapest subnetwork: the anchor, or without one a path drawn anew."""
+        """Return the cheapest subnetwork ``(n, n)``: the anchor, or without one a path drawn anew."""
         path = self.graph.random_path(self.rng) if self.anchor is None else self.anchor
         return self.graph.matrices(self.graph.path_edges(path))
 
@@ -72,13 +217,12 @@ class AnchoredSampler(UniformSampler):
         keeps: the probabilities of the uniform sampler to match; the ones in use are in ``keeps`` afterwards.
         anchor_keep: probability of keeping an operation of the anchor, in (0, 1].
         costs: ``(E,)`` positive costs of the operations to be matched; ``None`` counts operations.
-        match: ``False`` takes ``keeps`` as they are.
+        match: ``False`` takes ``keeps`` as they are: larger subnetworks, which win for that reason alone.
         rng: generator or seed.
 
     Raises:
+        TypeError: ``rng`` is ``None``.
         ValueError: an anchor that is no path or costs more than the expected cost, wrong probabilities.
-
-    Reference: li2023tips.
 
     >>> graph = SuperGraph(4, [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)])
     >>> bool((AnchoredSampler(graph, [0, 1, 3], rng=0)(50)[:, 0, 1] == 1).all())
@@ -121,6 +265,7 @@ class TIPSSampler(AnchoredSampler):
         options: of :class:`AnchoredSampler`.
 
     Raises:
+        TypeError: ``rng`` is ``None``.
         ValueError: see :class:`AnchoredSampler` and :func:`topological_scores`.
 
     Reference: li2023tips.
@@ -144,6 +289,7 @@ class TIPSSampler(AnchoredSampler):
         **options: object,
     ) -> None:
         rng = as_rng(rng)
+        # Scores come from uniform sampling: an anchor would vote for itself.
         self._source, self._chain = SandwichSampler(UniformSampler(graph, keeps, rng=rng)), (T, blocks, lam, closure)
         self._options, self._wanted, self.reduction = options, keeps, reduction
         self.refresh_every, self._calls = refresh_every, 0
@@ -157,7 +303,7 @@ class TIPSSampler(AnchoredSampler):
         super().__init__(self.graph, path, self._wanted, rng=self.rng, **self._options)
 
     def __call__(self, T: int) -> Array:
-        """``(T, n, n)`` subnetworks."""
+        """Return ``(T, n, n)`` subnetworks."""
         self._calls += 1
         if self.refresh_every and self._calls % self.refresh_every == 0:
             self.refresh()
@@ -181,7 +327,7 @@ class SandwichSampler:
         self.sampler, self.graph = sampler, sampler.graph
 
     def __call__(self, T: int) -> Array:
-        """``(T, n, n)`` subnetworks, T >= 2, the whole one first."""
+        """Return ``(T, n, n)`` subnetworks, T >= 2, the whole one first."""
         if T < 2:
             raise ValueError(f"T must be >= 2 for the sandwich rule, got {T}")
         return np.concatenate([[self.graph.adjacency, self.sampler.smallest()], self.sampler(T - 2)])
@@ -209,7 +355,7 @@ class JointSampler:
         self._all = np.array([prune_to_terminals(a) for a in checked]).astype(int)
 
     def __call__(self, T: int) -> Array:
-        """All subnetworks; ``T`` must be their number."""
+        """Return all subnetworks; ``T`` must be their number."""
         if len(self._all) != T:
             raise ValueError(f"T must be the number of subnetworks {len(self._all)}, got {T}")
         return self._all
@@ -218,7 +364,7 @@ class JointSampler:
 def mean_scores(
     sampler: Callable[[int], Array], T: int = 4, blocks: int = 16, lam: float = 1.0, closure: str = "cyclic"
 ) -> Array:
-    """Node scores averaged over several chains, each of the T subnetworks of one training step.
+    """Return node scores ``(n,)`` averaged over several chains, each of the T subnetworks of one training step.
 
     Args:
         sampler: gives ``(T, n, n)`` subnetworks when called with T.
@@ -227,17 +373,11 @@ def mean_scores(
         lam: coupling.
         closure: ``"cyclic"`` or ``"symmetric"``.
 
-    Returns:
-        ``(n,)``.
-
     Raises:
         ValueError: ``blocks`` below 1, see :func:`topological_scores`.
-
-    Reference: li2023tips.
 
     >>> mean_scores(JointSampler([np.triu(np.ones((3, 3)), 1)]), T=1, blocks=1)
     array([0.4, 0.2, 0.4])
     """
-    if blocks < 1:
-        raise ValueError(f"blocks must be >= 1, got {blocks}")
+    check_count("blocks", blocks)
     return np.mean([topological_scores(sampler(T), lam, closure).tas for _ in range(blocks)], axis=0)

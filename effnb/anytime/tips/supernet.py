@@ -1,7 +1,8 @@
-"""Supernets that run many subnetworks in one forward pass: only active operations, one batched product a level.
+"""Supernets, linear and convolutional, that run many subnetworks in one forward pass, level by level.
 
-Node value: ReLU of the normalised mean of its active operations; the output is the plain mean. Normalisation is over
-the features of one sample and has no parameters, so that subnetworks share no statistics.
+Only active operations are computed, in one batched product (or grouped convolution) for each pair of levels. The value
+of a node is the ReLU of the normalised mean of its active operations; the output is the plain mean. Normalisation is
+over the features of one sample and has no parameters, so that subnetworks share no statistics.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from effnb.anytime.graph import SuperGraph
+from effnb.anytime.tips.graph import SuperGraph
+from effnb.common import check_count
 
 Masks = Tensor | np.ndarray
 
@@ -46,6 +48,11 @@ class Active(NamedTuple):
         """Scaled weights and biases, ``(active, fan_in + 1, out)``."""
         return self.ops.weight.flatten(0, 1).index_select(0, self.weights) * self.scale
 
+    def linear(self, x: Tensor) -> Tensor:
+        """Scaled responses ``(active, batch, out)`` of linear operations to values ``(rows, batch, in)``."""
+        weight = self.chosen()
+        return torch.baddbmm(weight[:, -1:], x.index_select(0, self.inputs), weight[:, :-1])
+
 
 class Step(NamedTuple):
     """One level: how many rows of values it has, and the operations into it."""
@@ -54,30 +61,25 @@ class Step(NamedTuple):
     parts: list[Active]
 
 
-def levels_of(graph: SuperGraph) -> list[list[int]]:
-    """Nodes on paths by their longest distance from the input; the output alone at the end."""
-    depth, on_path = {0: 0}, graph.on_paths
-    for i, j in graph.edges:  # sorted by source: the depth of i is final
-        if i in on_path and j in on_path:
-            depth[j] = max(depth.get(j, 0), depth[i] + 1)
-    depth[graph.n - 1] = max(depth.values()) + 1
-    return [sorted(v for v in depth if depth[v] == d) for d in sorted(set(depth.values()))]
-
-
 class StackedSupernet(nn.Module):
     """What the linear and the convolutional supernet share: weights, and the plan of a forward pass."""
 
     def __init__(self, graph: SuperGraph, sizes: tuple[int, int, int], copies: int, pixels: int = 1) -> None:
-        if min(*sizes, copies) < 1:
-            raise ValueError(f"inputs, width, classes and copies must be >= 1, got {(*sizes, copies)}")
+        for name, value in zip(("inputs", "width", "classes", "copies"), (*sizes, copies), strict=True):
+            check_count(name, value)
         super().__init__()
         self.graph, self.copies, self.sizes = graph, copies, sizes
-        self.levels = levels_of(graph)
-        self.level_of = {v: level for level, nodes in enumerate(self.levels) for v in nodes}
+        depth, on_path = {0: 0}, graph.on_paths  # of a node: its longest distance from the input
+        for i, j in graph.edges:  # sorted by source: the depth of i is final
+            if i in on_path and j in on_path:
+                depth[j] = max(depth.get(j, 0), depth[i] + 1)
+        depth[graph.n - 1] = max(depth.values()) + 1  # the output alone at the end
+        self.levels = [sorted(v for v in depth if depth[v] == d) for d in sorted(set(depth.values()))]
+        level_of = {v: level for level, nodes in enumerate(self.levels) for v in nodes}
         last, spans = len(self.levels) - 1, {}
         for e, (i, j) in enumerate(graph.edges):
-            if i in self.level_of and j in self.level_of:
-                spans.setdefault((self.level_of[j], self.level_of[i]), []).append(e)
+            if i in level_of and j in level_of:
+                spans.setdefault((level_of[j], level_of[i]), []).append(e)
         self.groups = nn.ModuleList()
         for (target, source), edges in sorted(spans.items()):
             fan_in = sizes[0 if source == 0 else 1]
@@ -98,7 +100,7 @@ class StackedSupernet(nn.Module):
         self._start, self._end = (place[ends[self._order]] for ends in self.graph.ends)
         self._into = (self.graph.ends[1] == np.array(nodes)[:, None]).astype(np.float32)
         self._level = np.repeat(np.arange(len(self.levels)), [len(level) for level in self.levels])
-        self._once = self._level <= int(len(self.levels) > 2)  # depend on the input alone
+        self._once = self._level <= int(len(self.levels) > 2)  # nodes that depend on the input alone
         self._starts_once, self._ends_once = self._once[self._start], self._once[self._end]
 
     def reset_parameters(self, generator: Generator | Sequence[Generator] | None = None) -> None:
@@ -112,7 +114,7 @@ class StackedSupernet(nn.Module):
                     ops.weight[copy].uniform_(-(ops.fan_in**-0.5), ops.fan_in**-0.5, generator=stream)
 
     def gradient_norms(self) -> Tensor:
-        """``(copies, E)`` norms of the gradients of the operations, weight and bias together."""
+        """Return the norms ``(copies, E)`` of the gradients of the operations, weight and bias together."""
         out = self.groups[0].weight.new_zeros(self.copies, self.graph.num_edges)
         for ops in self.groups:
             if ops.weight.grad is not None:
@@ -120,7 +122,11 @@ class StackedSupernet(nn.Module):
         return out
 
     def _checked(self, masks: Masks) -> np.ndarray:
-        m = np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks).astype(bool, copy=False)
+        """Masks as ``bool`` on the host, ``(T, E)`` or ``(copies, T, E)``."""
+        given = np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks)
+        m = given.astype(bool, copy=False)
+        if given.dtype != bool and not (given == m).all():
+            raise ValueError(f"masks must be binary, got the value {given[given != m].flat[0]}")
         lead = (self.copies,) if m.ndim == 3 or self.copies > 1 else ()
         if m.ndim != len(lead) + 2 or m.shape[:-2] != lead or m.shape[-1] != self.graph.num_edges:
             wanted = f"({self.copies}, T, {self.graph.num_edges})"
@@ -128,13 +134,14 @@ class StackedSupernet(nn.Module):
         return m
 
     def _plan(self, masks: np.ndarray) -> list[Step]:
-        """What to compute, level by level.
+        """What to compute, level by level, in NumPy on the host: this costs more than the products of a small net.
 
         Only nodes that are present get a row of values. The first level depends on the input alone and is computed
         once for all subnetworks of a copy.
         """
-        T, m = masks.shape[-2], masks.reshape(-1, masks.shape[-1])
-        copies = np.arange(len(m)) < self.copies  # stand for the copies where all their subnetworks share a value
+        T, m = masks.shape[-2], masks.reshape(-1, masks.shape[-1])  # subnetwork t of copy c is row c T + t
+        # Where the subnetworks of a copy share a value, the first rows stand for the copies, one each.
+        copies = np.arange(len(m)) < self.copies
         degree = self._into @ m.T.astype(np.float32)  # active operations into a node, (n, copies T)
         present = degree > 0
         present[self._once], present[-1] = copies, True
@@ -142,20 +149,21 @@ class StackedSupernet(nn.Module):
         upto = row[self._last, -1]  # rows of all levels up to each
         count = upto.copy()
         count[1:] -= upto[:-1]
-        row -= (1 + upto - count)[self._level, None]
+        row -= (1 + upto - count)[self._level, None]  # now counted within its level
         active = m.T[self._order]
         active[self._ends_once] = copies
-        k, g = np.nonzero(active)
-        copy, start, end = np.where(self._ends_once[k], g, g // T), self._start[k], self._end[k]
-        if not (degree[-1].all() and (degree[start, g] + (start == 0)).all()):
+        k, subnet = np.nonzero(active)
+        copy = np.where(self._ends_once[k], subnet, subnet // T)
+        start, end = self._start[k], self._end[k]
+        if not (degree[-1].all() and (degree[start, subnet] + (start == 0)).all()):
             raise ValueError("masks must be pruned subnetworks, got an operation without input or no path")
         index = np.empty((3, len(k)), np.int64)
         index[0] = copy * self._count[k] + self._local[k]
-        index[1] = row[start, np.where(self._starts_once[k], copy, g)]
-        index[2] = row[end, g]
+        index[1] = row[start, np.where(self._starts_once[k], copy, subnet)]
+        index[2] = row[end, subnet]
         like, sizes = self.groups[0].weight, np.bincount(self._group[k], minlength=len(self.groups)).tolist()
-        scale = torch.from_numpy(1 / np.maximum(degree[end, g], 1)[:, None, None]).to(like)
-        tensors = (*torch.from_numpy(index).to(like.device).unbind(), scale)
+        scale = torch.from_numpy(1 / np.maximum(degree[end, subnet], 1)[:, None, None]).to(like)
+        tensors = (*torch.from_numpy(index).to(like.device).unbind(), scale)  # one transfer for all indices
         steps = [Step(rows, []) for rows in count.tolist()]
         for ops, *part in zip(self.groups, *(t.split(sizes) for t in tensors), strict=True):
             steps[ops.target].parts.append(Active(ops, *part))
@@ -169,16 +177,8 @@ class StackedSupernet(nn.Module):
         return x
 
 
-def linear(part: Active, x: Tensor) -> Tensor:
-    """Scaled responses ``(active, batch, out)`` of linear operations to values ``(rows, batch, in)``."""
-    weight = part.chosen()
-    return torch.baddbmm(weight[:, -1:], x.index_select(0, part.inputs), weight[:, :-1])
-
-
 class DagMLP(StackedSupernet):
     """A supernet of linear operations, with ``width`` features in every node.
-
-    The active operations of all T subnetworks of all copies run in one batched product a level.
 
     Args:
         graph: operations and feature maps.
@@ -189,9 +189,8 @@ class DagMLP(StackedSupernet):
         generator: stream for the weights, or one for each copy; ``None`` uses torch's global one.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a size below 1, a number of generators that does not fit.
-
-    Reference: li2023tips.
 
     >>> graph = SuperGraph(4, [(0, 1), (0, 2), (1, 3), (2, 3)])
     >>> DagMLP(graph, 64)(torch.zeros(5, 64), graph.masks(graph.adjacency[None])).shape
@@ -211,13 +210,13 @@ class DagMLP(StackedSupernet):
         self.reset_parameters(generator)
 
     def edge_flops(self) -> np.ndarray:
-        """``(E,)`` FLOPs of each operation for one sample, two a multiply-add."""
+        """Return the FLOPs ``(E,)`` of each operation for one sample, two a multiply-add."""
         inputs, width, classes = self.sizes
         starts, ends = self.graph.ends
         return 2 * np.where(starts == 0, inputs, width) * np.where(ends == self.graph.n - 1, classes, width)
 
     def forward(self, x: Tensor, masks: Masks) -> Tensor:
-        """Logits of all subnetworks.
+        """Return the logits of all subnetworks.
 
         Args:
             x: ``(batch, inputs)`` for all copies alike, or ``(copies, batch, inputs)``.
@@ -232,6 +231,92 @@ class DagMLP(StackedSupernet):
             last = level == len(steps)
             total = x.new_zeros(step.rows, values[0].shape[1], self.sizes[2 if last else 1])
             for part in step.parts:
-                total.index_add_(0, part.outputs, linear(part, values[part.ops.source]))
+                total.index_add_(0, part.outputs, part.linear(values[part.ops.source]))
             values.append(total if last else F.layer_norm(total, total.shape[-1:]).relu_())
         return values[-1].view(*masks.shape[:-1], *values[-1].shape[1:])
+
+
+class DagConvNet(StackedSupernet):
+    """A supernet of 3x3 convolutions in two stages, the second at half the resolution.
+
+    Levels up to the middle work at the resolution of the images, the others at half of it; whatever enters the second
+    stage from the first is averaged over 2x2 pixels. The output takes the global mean of its sources. Nodes are
+    normalised over all features of a sample, without parameters and without batch statistics.
+
+    Args:
+        graph: operations and feature maps; no operation may lead from the input to the output.
+        inputs: channels of the images.
+        width: channels of a node.
+        classes: number of outputs.
+        copies: independent supernets with weights of their own.
+        generator: stream for the weights, or one for each copy; ``None`` uses torch's global one.
+
+    Raises:
+        TypeError: a size that is no integer.
+        ValueError: a size below 1, an edge from input to output, a number of generators that does not fit.
+
+    >>> graph = SuperGraph(4, [(0, 1), (0, 2), (1, 2), (2, 3)])
+    >>> DagConvNet(graph)(torch.zeros(5, 1, 14, 14), graph.masks(graph.adjacency[None])).shape
+    torch.Size([1, 5, 10])
+    """
+
+    def __init__(
+        self,
+        graph: SuperGraph,
+        inputs: int = 1,
+        width: int = 8,
+        classes: int = 10,
+        copies: int = 1,
+        generator: Generator | Sequence[Generator] | None = None,
+    ) -> None:
+        if (0, graph.n - 1) in graph.edges:
+            raise ValueError(f"graph must have no operation from the input to the output, got (0, {graph.n - 1})")
+        super().__init__(graph, (inputs, width, classes), copies, pixels=9)
+        self.halves = [int(level > len(self.levels) // 2 - 1 and level > 0) for level in range(len(self.levels))]
+        self.reset_parameters(generator)
+
+    def edge_flops(self, size: int = 14) -> np.ndarray:
+        """Return the FLOPs ``(E,)`` of each operation for one image of ``size`` x ``size`` pixels."""
+        _, width, classes = self.sizes
+        flops = np.zeros(self.graph.num_edges, int)
+        for ops in self.groups:
+            pixels = (size // 2 ** self.halves[ops.target]) ** 2
+            last = ops.target == len(self.levels) - 1
+            flops[ops.edges] = 2 * (width * classes if last else ops.fan_in * width * pixels)
+        return flops
+
+    def forward(self, x: Tensor, masks: Masks) -> Tensor:
+        """Return the logits of all subnetworks.
+
+        Args:
+            x: ``(batch, inputs, height, width)`` for all copies alike, or ``(copies, batch, ...)``; even sides.
+            masks: ``(T, E)`` with one copy, or ``(copies, T, E)``; pruned.
+
+        Returns:
+            ``(T, batch, classes)`` or ``(copies, T, batch, classes)``, as ``masks``.
+        """
+        masks, values = self._checked(masks), [self._per_copy(x, 4).transpose(0, 1)]  # (batch, rows, channels, h, w)
+        _, *steps, head = self._plan(masks)
+        for level, step in enumerate(steps, start=1):
+            total = None
+            for part in step.parts:
+                source = values[part.ops.source]
+                if self.halves[level] > self.halves[part.ops.source]:
+                    halved = F.avg_pool2d(source.flatten(0, -4), 2)
+                    source = halved.view(*source.shape[:-2], source.shape[-2] // 2, -1)
+                weight, inputs = part.chosen(), source.index_select(1, part.inputs)
+                if len(weight):
+                    kernels = weight[:, :-1].unflatten(1, (-1, 3, 3)).movedim(-1, 1).flatten(0, 1)
+                    bias = weight[:, -1].flatten()  # kernels are (active out, in, 3, 3): one group an operation
+                    out = F.conv2d(inputs.flatten(1, 2), kernels, bias, padding=1, groups=len(weight))
+                    out = out.unflatten(1, (len(weight), -1))
+                else:  # there is no convolution of no groups; the sum keeps the gradient, which is zero
+                    out = source.new_zeros(len(source), 0, weight.shape[-1], *source.shape[-2:]) + weight.sum()
+                total = out.new_zeros(len(out), step.rows, *out.shape[2:]) if total is None else total
+                total.index_add_(1, part.outputs, out)
+            values.append(F.layer_norm(total, total.shape[-3:]).relu_())
+        logits = x.new_zeros(head.rows, values[0].shape[0], self.sizes[2])
+        for part in head.parts:
+            pooled = values[part.ops.source].mean((-2, -1)).transpose(0, 1)
+            logits.index_add_(0, part.outputs, part.linear(pooled))
+        return logits.view(*masks.shape[:-1], *logits.shape[1:])
