@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,17 +200,22 @@ def heat(axes: Axes, values: ArrayLike, rows: Sequence, columns: Sequence, best:
 # --- claims on the page ------------------------------------------------------------------------------------------
 
 
-def at_a_glance(system: str) -> Html:
+def at_a_glance(system: str, results: Path | None = None) -> Html:
     """Return *At a glance* of a chapter from the committed results; the runner refreshes it after a run.
 
     Args:
         system: the chapter's system.
+        results: folder of a run whose results go before the committed ones.
 
     Raises:
         ValueError: unknown system, or a result that breaks a rule.
     """
     claims = load(system)
-    return Html(verdicts.glance(claims, verdicts.entries_of(claims)), f"{system} at a glance")
+    entries = verdicts.entries_of(claims)
+    if results is not None:
+        for ident, fresh in verdicts.entries_of(claims, results).items():
+            entries[ident] |= {profile: entry for profile, entry in fresh.items() if entry}
+    return Html(verdicts.glance(claims, entries), f"{system} at a glance")
 
 
 def report(record: Recorder) -> Html:
@@ -222,15 +228,23 @@ def shortfalls(record: Recorder) -> Html:
     return Html(verdicts.shortfalls(record.registered, record.entries()), "claims that fell short")
 
 
-def study(system: str) -> Html:
-    """Return the section *At study scale*: the stored verdicts, tables and figures of the chapter's last study run."""
-    claims, result = load(system), load_result(system, "study")
+def study(system: str, results: Path | None = None) -> Html:
+    """Return the section *At study scale*: the stored verdicts, tables and figures of the chapter's last study run.
+
+    Args:
+        system: the chapter's system.
+        results: folder of a run whose result goes before the committed one.
+    """
+    claims, folder = load(system), Path(results or committed_results())
+    result = load_result(system, "study", folder)
+    if result is None and results is not None:
+        folder = committed_results()
+        result = load_result(system, "study", folder)
     if result is None:
         told = "No study has been run yet: `effnb run {} --profile study --update` runs it."
         return Html(f"<p>{verdicts.text(told.format(system))}</p>", "no study yet")
-    folder = committed_results() / "study" / system
     figures = [
-        plot.Picture((folder / f"{f['name']}.svg").read_bytes(), f["alt"], caption=f["caption"])
+        plot.Picture((folder / "study" / system / f"{f['name']}.svg").read_bytes(), f["alt"], caption=f["caption"])
         for f in result["figures"]
     ]
     return Html(
