@@ -16,7 +16,6 @@ from effnb.solvers import (
     fista,
     image_patches,
     ista,
-    merge_patches,
     mutual_coherence,
     nmse_db,
     normalize_columns,
@@ -51,7 +50,7 @@ CASES = [
     (lambda: support_select(X, 0.1, 1, mode="top"), "mode must be one of"),
     (lambda: ista(A, B, -1.0), "lam must be finite and >= 0"),
     (lambda: fista(A, B, 0.1, restart="speed"), "restart must be one of"),
-    (lambda: fista(A, B, 0.1, continuation=1.0), r"continuation must be in \(0, 1\)"),
+    (lambda: fista(A, B, 0.1, continuation=1.0), "continuation must be finite, > 0 and < 1, got 1.0"),
     (lambda: fista(A, B, 0.1, gram=torch.eye(3)), r"gram must have shape \(20, 20\)"),
     (lambda: fista(A, X, 0.1), r"b must have shape \(batch, 10\), got \(4, 20\)"),
     (lambda: fista(A, B[0], 0.1), "b must have shape"),
@@ -78,7 +77,7 @@ CASES = [
     (lambda: HyperLISTA(A, oracle=True)(B), "x_true must be given exactly if oracle"),
     (lambda: HyperLISTA(A)(B, x_true=X), "x_true must be given exactly if oracle"),
     (lambda: LISTA(A, lam=-1), "lam must be finite"),
-    (lambda: LISTACPSS(A, select=(0.1, 1.2)), r"select\[1\] must be in \[0, 1\]"),
+    (lambda: LISTACPSS(A, select=(0.1, 1.2)), r"select\[1\] must be finite, >= 0 and <= 1, got 1.2"),
     (lambda: nmse_db(X, B), "x must have the shape of x_true"),
     (lambda: nmse_db(X, 0 * X), "x_true must not be zero"),
     (lambda: nmse_db(X, X, reduce="mean"), "reduce must be one of"),
@@ -96,7 +95,6 @@ CASES = [
     (lambda: SparseProblem(10, 20).sample(0), "batch must be >= 1"),
     (lambda: overcomplete_dct(8, 4), "atoms must be >= 8"),
     (lambda: image_patches(torch.ones(4, 4), 5), "patch must be from 1 to 4"),
-    (lambda: merge_patches(torch.ones(4, 4), 5, 4), "patches must fill"),
     (lambda: psnr_db(torch.ones(2), torch.ones(3)), "shape of reference"),
 ]
 
@@ -208,9 +206,10 @@ def test_error_in_decibels():
     assert nmse_db(wrong, x) == pytest.approx(10 * math.log10(0.01 / 101), abs=1e-3)
 
 
-def test_images_survive_cutting_and_the_dictionary_spans():
+def test_patches_are_those_of_the_image_and_the_dictionary_spans():
     image = torch.rand(24, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(merge_patches(image_patches(image, 8), 24, 16), image)
+    expected = [image[i : i + 8, j : j + 8].flatten() for i in (0, 8, 16) for j in (0, 8)]
+    assert torch.equal(image_patches(image, 8), torch.stack(expected))
     assert image_patches(image[:23], 8).shape == (4, 64)
     D = overcomplete_dct(8, 12)
     assert D.shape == (64, 144) and torch.linalg.matrix_rank(D) == 64

@@ -1,5 +1,6 @@
 """HyperLISTA: the formula, the fast path, the invariances, tuning and training."""
 
+import functools
 import math
 
 import pytest
@@ -12,8 +13,6 @@ from effnb.solvers import (
     LISTA,
     LISTACP,
     LISTACPSS,
-    LISTASS,
-    FrozenSupport,
     HyperLISTA,
     SingleSolver,
     SparseProblem,
@@ -22,15 +21,17 @@ from effnb.solvers import (
     mutual_coherence,
     nmse_db,
     recovery_score,
+    soft_threshold,
     support_select,
     train_layerwise,
     tune_hyperlista,
 )
-from effnb.solvers.unrolled_solvers.kernels import select_
+from effnb.solvers.unrolled_solvers.hyperlista import FrozenSupport, select_in_place
 
 F64 = torch.float64
 quick = settings(max_examples=20, deadline=None)
 C = (0.07, 0.016, 20.0)
+LISTASS = functools.partial(LISTA, select=(0.012, 0.13))
 
 
 def problem(m=40, n=80, **options):
@@ -94,7 +95,7 @@ def test_selection_kernel_equals_support_select(seed):
     p = torch.randint(0, 12, (6, 1), generator=g)
     for counts in (p, torch.zeros_like(p), torch.full_like(p, 11)):
         fast = z.clone()
-        nonzeros = select_(fast, theta, counts, torch.empty_like(z), torch.empty_like(z))
+        nonzeros = select_in_place(fast, theta, counts, torch.empty_like(z), torch.empty_like(z))
         assert torch.allclose(fast, support_select(z, theta, counts), atol=1e-14)
         assert torch.equal(nonzeros.squeeze(1).long(), (fast != 0).sum(1))
 
@@ -157,14 +158,24 @@ def test_alista_is_not_scale_equivariant():
     assert not torch.allclose(net(5 * b), 5 * net(b), rtol=1e-2)
 
 
+def check_first_threshold(net, b, norm):
+    """With c2 = c3 = 0 the first layer is a soft threshold at c1 mu times the norm of A^+ b, on both paths."""
+    expected = soft_threshold(b @ net.W, net.c[0].item() * net.mu * norm)
+    assert expected.any() and (expected == 0).any()
+    assert torch.allclose(net(b), expected, atol=1e-10)
+    with torch.no_grad():
+        assert torch.allclose(net(b), expected, atol=1e-10)
+
+
 def test_pseudo_inverse_from_the_weights():
     """A^+ r = diag(K) * W^T r elementwise for the free closed form."""
     A = problem().A
     r = torch.randn(5, 40, dtype=F64, generator=torch.Generator().manual_seed(0))
-    net = HyperLISTA(A, C, symmetric=False)
     exact = (r @ torch.linalg.pinv(A).T).abs().sum(1, keepdim=True)
-    assert torch.allclose(net._pinv_norm(r, r @ net.W), exact, atol=1e-10)
-    assert torch.allclose(HyperLISTA(A, C)._pinv_norm(r, r), exact, atol=1e-10)
+    net = HyperLISTA(A, C, symmetric=False)
+    assert torch.allclose((r @ net.W * net.pinv_diagonal).abs().sum(1, keepdim=True), exact, atol=1e-10)
+    for symmetric in (True, False):
+        check_first_threshold(HyperLISTA(A, (0.07, 0, 0), 1, symmetric), r, exact)
 
 
 @quick
@@ -205,11 +216,13 @@ def test_conjugate_gradients_finish_the_job_and_repair_wrong_supports():
 def test_conjugate_gradients_are_those_of_the_textbook():
     problem_ = problem()
     A, (x, b) = problem_.A, problem_.sample(1)
-    state, S = FrozenSupport(A, b), (x != 0)[0]
-    state._freeze(torch.where(x != 0, 0.1, 0.0).to(F64), torch.tensor([True]))
+    state, S = FrozenSupport(A, b, patience=1), (x != 0)[0]
+    estimate = torch.where(x != 0, 0.1, 0.0).to(F64)
+    assert torch.equal(state.advance(estimate, estimate, may_freeze=True), estimate)  # stood still once: frozen
+    assert state.frozen.all()
     inner, y = A[:, S], torch.full((int(S.sum()),), 0.1, dtype=F64)
     r = inner.T @ (b[0] - inner @ y)
-    d, estimate = r.clone(), torch.where(x != 0, 0.1, 0.0).to(F64)
+    d = r.clone()
     for _ in range(3):
         length = (r @ r) / (d @ (inner.T @ (inner @ d)))
         y, new = y + length * d, r - length * (inner.T @ (inner @ d))
@@ -255,12 +268,12 @@ def test_state_dict_round_trip(Net):
 def test_official_variant_of_the_residual_norm():
     A = problem().A
     _, b = problem().sample(3)
-    net = HyperLISTA(A, C, pinv_of="transformed")
+    net = HyperLISTA(A, (0.07, 0, 0), 1, pinv_of="transformed")
     M = net.W @ torch.linalg.pinv(A)  # W = M A and A A^+ = I
     values, vectors = torch.linalg.eigh((M + M.T) / 2)
     G = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     expected = (torch.linalg.pinv(A) @ G @ b.T).T.abs().sum(1, keepdim=True)
-    assert torch.allclose(net._pinv_norm(b, b), expected, atol=1e-8)
+    check_first_threshold(net, b, expected)
 
 
 # --- tuning and training ----------------------------------------------------------------------------------------

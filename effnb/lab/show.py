@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 import effnb
 from effnb.common import check_choice
-from effnb.lab.judge.claims import load
+from effnb.lab.judge.claims import ClaimSet, load
 from effnb.lab.judge.results import load_result
 from effnb.lab.judge.stats import paired_t_interval
 from effnb.lab.measure import plot
@@ -211,11 +211,16 @@ def at_a_glance(system: str, results: Path | None = None) -> Html:
         ValueError: unknown system, or a result that breaks a rule.
     """
     claims = load(system)
+    return Html(verdicts.glance(claims, _entries(claims, results)), f"{system} at a glance")
+
+
+def _entries(claims: ClaimSet, results: Path | None) -> dict[str, dict[str, Mapping | None]]:
+    """Return the committed entries, and over them those of a run that has just ended."""
     entries = verdicts.entries_of(claims)
     if results is not None:
         for ident, fresh in verdicts.entries_of(claims, results).items():
             entries[ident] |= {profile: entry for profile, entry in fresh.items() if entry}
-    return Html(verdicts.glance(claims, entries), f"{system} at a glance")
+    return entries
 
 
 def report(record: Recorder) -> Html:
@@ -252,9 +257,44 @@ def study(system: str, results: Path | None = None) -> Html:
     )
 
 
-def finding(system: str) -> Html:
-    """Return one sentence on the primary claim, from the committed results, for the lead of a chapter."""
+def lead(system: str, results: Path | None = None) -> Html:
+    """Return what a chapter opens with, from the committed results: one sentence on the primary claim and its picture.
+
+    The picture has a row for the claim at each scale and for each of its conditions: a tick a seed, mean and interval,
+    and the side of the threshold where the criterion holds.
+
+    Args:
+        system: the chapter's system.
+        results: folder of a run whose results go before the committed ones.
+    """
     claims = load(system)
     claim = next(claim for claim in claims.claims if claim.primary)
-    profile, entry = verdicts.headline(claim, verdicts.entries_of(claims)[claim.id])
-    return Html(verdicts.render("finding.html", claim=claim, profile=profile, entry=entry), f"finding of {system}")
+    entries = _entries(claims, results)[claim.id]
+    profile, entry = verdicts.headline(claim, entries)
+    picture = ""
+    if entry and entry["measured"]["estimate"] is not None:
+        plot.style()  # this cell stands before the chapter begins
+        figure, axes = plot.single()
+        shown = {f"{name} scale": e["measured"] for name, e in entries.items() if e and e["measured"]["per_seed"]}
+        for row, (color, measured) in enumerate(zip((plot.OURS, plot.BASELINE), shown.values(), strict=False)):
+            values = np.asarray(measured["per_seed"]) - (measured["baseline_per_seed"] or 0.0)
+            if claim.criterion.interval == "t-log" and measured["baseline_per_seed"]:
+                values = np.asarray(measured["per_seed"]) / np.asarray(measured["baseline_per_seed"])
+            ticks = np.tile([row + 0.12, row + 0.3, np.nan], len(values))
+            axes.plot(np.repeat(values, 3), ticks, color=color, alpha=0.6, linewidth=0.8)
+            axes.plot(measured["ci"] or [measured["estimate"]] * 2, [row] * 2, color=color, linewidth=3)
+            axes.plot(measured["estimate"], row, "D", color=color, markersize=6)
+        low, high = axes.get_xlim()
+        bound, margin = claim.criterion.threshold, claim.criterion.margin or 0.0
+        low, high = min(low, bound - margin), max(high, bound + margin)
+        room = 0.06 * (high - low)
+        sides = {">": (bound, high + room), ">=": (bound, high + room), "within": (bound - margin, bound + margin)}
+        axes.axvspan(*sides.get(claim.criterion.op, (low - room, bound)), color=plot.THIRD, alpha=0.12, linewidth=0)
+        axes.set(xlim=(low - room, high + room), ylim=(len(shown) - 0.4, -0.6), xlabel=claim.criterion.unit or "value")
+        axes.set_yticks(range(len(shown)), list(shown))
+        axes.set_title("The primary claim; shaded: where its criterion holds")
+        figure.set_size_inches(5.0, 1.1 + 0.55 * len(shown))
+        told = f"{claim.statement} Measured: {verdicts.format_measured(entry['measured'])}."
+        picture = plot.show(figure, told)._repr_html_()
+    sentence = verdicts.render("finding.html", claim=claim, profile=profile, entry=entry)
+    return Html(f"{sentence}\n{picture}", f"lead of {system}")

@@ -33,6 +33,8 @@ TIMEOUTS = {"smoke": 180, "book": 900, "study": 7200}
 _GUESS = {"smoke": 15.0, "book": 60.0, "study": 2400.0}
 _VOLATILE = ("runtime_s", "cpu_s", "hardware", "software", "digest")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+#: Tags of the cells that show stored results; what they show follows from those.
+STORED = {"lead", "at-a-glance", "study"}
 #: Tag of a cell that shows stored results, and what draws it: of a system, from a folder of results.
 Renderers = Mapping[str, Callable[[str, Path], Any]]
 
@@ -425,13 +427,13 @@ def normalized(source: Path, executed: Path) -> nbformat.NotebookNode:
     return notebook
 
 
-def outputs_digest(notebook: nbformat.NotebookNode, drawn: Sequence[str] = ("at-a-glance", "study")) -> str:
+def outputs_digest(notebook: nbformat.NotebookNode) -> str:
     """Return the digest of all outputs, text and figures, but those of cells that show stored results."""
     return digest(
         [
             [cell.id, cell.outputs]
             for cell in notebook.cells
-            if cell.cell_type == "code" and not set(drawn) & set(cell.metadata.get("tags", []))
+            if cell.cell_type == "code" and not STORED & set(cell.metadata.get("tags", []))
         ]
     )
 

@@ -1,8 +1,7 @@
 """Search for the three numbers of HyperLISTA."""
 
-from __future__ import annotations
-
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from effnb.solvers.unrolled_solvers._check import check_batch, check_choice, check_count
+from effnb.common import check_choice, check_count
 from effnb.solvers.unrolled_solvers.hyperlista import HyperLISTA
-from effnb.solvers.unrolled_solvers.problem import nmse_db
+from effnb.solvers.unrolled_solvers.problem import check_matrix, nmse_db
 
 SCORES = ("nmse", "robust", "p99")
 CLIP = (-100.0, 20.0)  # dB; outside, an instance counts no further in the robust score
@@ -26,8 +25,6 @@ class TuneResult:
         c: the three numbers.
         score: score of ``c`` on the whole tuning set, in dB.
         trials: every point tried, as ``(c1, c2, c3, score)``.
-
-    Reference: chen2021hyperparameter
 
     >>> TuneResult((0.1, 0.01, 10.0), -40.0, []).score
     -40.0
@@ -50,12 +47,10 @@ def recovery_score(x: Tensor, x_true: Tensor, score: str = "robust") -> Tensor:
     Raises:
         ValueError: for an unknown ``score`` or shapes that differ.
 
-    Reference: chen2021hyperparameter
-
     >>> float(recovery_score(torch.zeros(2, 3), torch.ones(2, 3)))
     0.0
     """
-    check_choice(score, "score", SCORES)
+    check_choice("score", score, SCORES)
     if score == "nmse":
         return nmse_db(x, x_true)
     each = nmse_db(x, x_true, reduce="instance").clamp(*CLIP)
@@ -72,61 +67,19 @@ class _Search:
 
     @torch.no_grad()
     def value(self, c: np.ndarray, rows: int | None = None) -> float:
+        """Return the score of ``c`` on the first ``rows`` instances."""
         self.net.c.copy_(torch.as_tensor(c))
         known = self.x[:rows] if self.net.oracle else None
+        # Many points of a wide search diverge: they must lose, not stop it.
         estimate = self.net(self.b[:rows], x_true=known).nan_to_num(1e9, 1e9, -1e9)
         return float(recovery_score(estimate, self.x[:rows], self.score))
 
-    def offer(self, c: np.ndarray) -> float:
-        score = self.value(c)
-        point = tuple(map(float, c))
+    def offer(self, c: np.ndarray) -> None:
+        """Score ``c`` on all instances; keep it if it is the best so far."""
+        point, score = tuple(map(float, c)), self.value(c)
         self.trials.append((*point, score))
         if score < self.best[1]:
             self.best = (point, score)
-        return score
-
-
-def _random(search: _Search, rng: np.random.Generator, n_trials: int, low: np.ndarray, high: np.ndarray) -> None:
-    """Log-uniform points, screened on a quarter of the batch; the best tenth is scored on all of it."""
-    points = np.exp(rng.uniform(np.log(low), np.log(high), (n_trials, 3)))
-    rows = max(1, len(search.b) // 4)
-    rough = np.array([search.value(c, rows) for c in points])
-    search.trials += [(*map(float, c), s) for c, s in zip(points, rough, strict=True)]
-    for index in np.argsort(rough)[: math.ceil(n_trials / 10)]:
-        search.offer(points[index])
-
-
-def _local(search: _Search, rng: np.random.Generator, trials: int, spreads: tuple[float, ...]) -> None:
-    """Rounds of log-normal steps around the best point, each round narrower."""
-    for spread in spreads:
-        for _ in range(trials):
-            search.offer(np.array(search.best[0]) * np.exp(spread * rng.standard_normal(3)))
-
-
-def _grid(search: _Search, n_trials: int) -> None:
-    """Official grid (coherence folded into c1 and c2, c3 as a fraction of n), thinned to about ``n_trials``."""
-    mu, n, points = search.net.mu, search.net.A.shape[1], max(2, round(n_trials ** (1 / 3)))
-    small = np.linspace(1e-3, 1e-2, min(11, points)) / mu
-    for c1 in small:
-        for c2 in small:
-            for c3 in np.linspace(0.1, 1, min(21, points)) * n:
-                search.offer(np.array([c1, c2, c3]))
-
-
-def _backprop(search: _Search, steps: int, lr: float = 0.03) -> None:
-    """Adam on the logarithms of c1 and c2; the count behind c3 has no gradient."""
-    start = torch.as_tensor(search.best[0], dtype=search.b.dtype).log()
-    free, fixed = start[:2].clone().requires_grad_(), start[2:].exp()
-    optimizer = torch.optim.Adam([free], lr=lr)
-    for _ in range(steps):
-        c = torch.cat([free.exp(), fixed])
-        known = {"x_true": search.x} if search.net.oracle else {}
-        estimate = functional_call(search.net, {"c": c}, (search.b,), known)
-        loss = recovery_score(estimate, search.x, search.score)
-        (gradient,) = torch.autograd.grad(loss, free)
-        search.offer(c.detach().cpu().numpy())
-        free.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
-        optimizer.step()
 
 
 def tune_hyperlista(
@@ -143,7 +96,7 @@ def tune_hyperlista(
     bounds: tuple[tuple[float, float], ...] | None = None,
     **options,
 ) -> TuneResult:
-    r"""Choose ``c`` of ``HyperLISTA(A, c, **options)`` on given instances.
+    r"""Return the best ``c`` found for ``HyperLISTA(A, c, **options)`` on given instances.
 
     Args:
         A: ``(m, n)``.
@@ -160,9 +113,6 @@ def tune_hyperlista(
         bounds: three pairs for the random points; (0.01, 1), (0.001, 0.1), (0.01, n) by default.
         options: passed to ``HyperLISTA``.
 
-    Returns:
-        ``TuneResult``.
-
     Raises:
         ValueError: for an unknown ``method`` or ``score``, wrong shapes or bounds.
 
@@ -173,25 +123,53 @@ def tune_hyperlista(
     >>> tune_hyperlista(problem.A, *problem.sample(32), n_trials=20, local_trials=5).score < -10
     True
     """
-    check_choice(method, "method", ("random", "grid", "backprop"))
-    check_choice(score, "score", SCORES)
-    check_count(n_trials, "n_trials")
-    check_count(local_trials, "local_trials", 0)
+    check_choice("method", method, ("random", "grid", "backprop"))
+    check_choice("score", score, SCORES)
+    check_count("n_trials", n_trials)
+    check_count("local_trials", local_trials, 0)
     net = HyperLISTA(A, **options)
-    check_batch(b, A.shape[0])
-    check_batch(x, A.shape[1], "x")
+    m, n = A.shape
+    check_matrix(b, "b", m)
+    check_matrix(x, "x", n)
     if len(x) != len(b):
         raise ValueError(f"x and b must have the same batch, got {len(x)} and {len(b)}")
-    low, high = np.array(bounds or ((0.01, 1.0), (0.001, 0.1), (0.01, A.shape[1]))).T
+    low, high = np.array(bounds or ((0.01, 1.0), (0.001, 0.1), (0.01, n))).T
     if low.shape != (3,) or not (low > 0).all() or not (low <= high).all():
         raise ValueError(f"bounds must be three ordered positive pairs, got {bounds}")
     search, rng = _Search(net, x, b, score), np.random.default_rng(seed)
+
     if method == "grid":
-        _grid(search, n_trials)
-    else:
-        _random(search, rng, n_trials if method == "random" else math.ceil(n_trials / 4), low, high)
-    if method == "backprop":
-        _backprop(search, n_trials - math.ceil(n_trials / 4))
+        # The official grid has the coherence folded into c1 and c2, and c3 as a fraction of n.
+        points = max(2, round(n_trials ** (1 / 3)))
+        small = np.linspace(1e-3, 1e-2, min(11, points)) / net.mu
+        for c in itertools.product(small, small, np.linspace(0.1, 1, min(21, points)) * n):
+            search.offer(np.array(c))
+        return TuneResult(*search.best, search.trials)
+
+    # Log-uniform points, screened on a quarter of the batch; the best tenth is scored on all of it. A screened score
+    # can not become the best: it is of other instances.
+    screened = n_trials if method == "random" else math.ceil(n_trials / 4)
+    points = np.exp(rng.uniform(np.log(low), np.log(high), (screened, 3)))
+    rough = np.array([search.value(c, max(1, len(b) // 4)) for c in points])
+    search.trials += [(*map(float, c), value) for c, value in zip(points, rough, strict=True)]
+    for index in np.argsort(rough)[: math.ceil(screened / 10)]:
+        search.offer(points[index])
+
     if method == "random":
-        _local(search, rng, local_trials, spreads)
-    return TuneResult(search.best[0], search.best[1], search.trials)
+        for spread in spreads:
+            for _ in range(local_trials):
+                search.offer(np.array(search.best[0]) * np.exp(spread * rng.standard_normal(3)))
+        return TuneResult(*search.best, search.trials)
+
+    # Adam on the logarithms of c1 and c2, which keeps them positive; the count behind c3 has no gradient.
+    start = torch.as_tensor(search.best[0], dtype=b.dtype).log()
+    free, fixed = start[:2].clone().requires_grad_(), start[2:].exp()
+    optimizer = torch.optim.Adam([free], lr=0.03)
+    for _ in range(n_trials - screened):
+        c = torch.cat([free.exp(), fixed])
+        estimate = functional_call(net, {"c": c}, (b,), {"x_true": x if net.oracle else None})
+        (gradient,) = torch.autograd.grad(recovery_score(estimate, x, score), free)
+        search.offer(c.detach().cpu().numpy())
+        free.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
+        optimizer.step()
+    return TuneResult(*search.best, search.trials)
