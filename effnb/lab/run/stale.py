@@ -146,35 +146,35 @@ def stale_parts(system: str, result: Mapping | None) -> list[str]:
 # --- since a revision ----------------------------------------------------------------------------------------------
 
 
-def diff(revision: str, profile: str = "book") -> list[str]:
+def diff(revision: str) -> list[str]:
     """Return what changed in claims and committed verdicts since a git revision, one line a change.
 
     Args:
         revision: anything that git resolves to a commit.
-        profile: whose verdicts.
 
     Raises:
         ValueError: git does not know ``revision``, or is not there.
     """
     if git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}") is None:
         raise ValueError(f"revision must be one that git knows, got {revision!r}")
-    rows = joined(profile=profile)
+    rows, studies = joined(), {row["claim"].id: row["entry"] for row in joined(profile="study")}
     lines = []
     for system in sorted({row["system"] for row in rows} | set(_systems_at(revision))):
         now = {row["claim"].id: row for row in rows if row["system"] == system}
         then = _claims_in(git("show", f"{revision}:book/claims/{system}.yaml"))
         today = root() / "book" / "claims" / f"{system}.yaml"
         raw = _claims_in(today.read_text() if today.is_file() else None)
-        was = _verdicts_in(git("show", f"{revision}:book/results/{profile}/{system}.json"))
+        was = {p: _verdicts_in(git("show", f"{revision}:book/results/{p}/{system}.json")) for p in ("book", "study")}
         for ident in [*now, *(i for i in then if i not in now)]:
             if ident not in now or ident not in then:
                 lines.append(f"{ident}: {'new claim' if ident in now else 'claim removed'}")
             else:
                 lines += [f"{ident}: {change}" for change in _changes(then[ident], raw[ident])]
-            entry = now[ident]["entry"] if ident in now else None
-            old, new = was.get(ident, "none"), entry["verdict"] if entry else "none"
-            if old != new:
-                lines.append(f"{ident}: {old} -> {new}")
+            entries = {"book": now[ident]["entry"] if ident in now else None, "study": studies.get(ident)}
+            for profile, entry in entries.items():
+                old, new = was[profile].get(ident, "none"), entry["verdict"] if entry else "none"
+                if old != new:
+                    lines.append(f"{ident}: {old} -> {new}{', at study scale' * (profile == 'study')}")
     return lines
 
 
