@@ -1,9 +1,9 @@
 """The side-by-side benchmarks: each in a fresh process on one thread, judged against the target set beforehand.
 
 A file ``benchmarks/bench_<system>.py`` holds ``run(quick=False)``, which returns rows: ``name``, ``ours``, ``peer``,
-``ratio`` (a :class:`~effnb.lab.measure.timing.Ratio`, a number, or ``None`` where an optional peer is missing), ``target``
-(a number or ``None``), ``better`` (``"higher"`` or ``"lower"``), ``unit`` and ``detail``. Further arguments of ``run``
-can be given on the command line.
+``ratio`` (a :class:`~effnb.lab.measure.timing.Ratio`, a number, or ``None`` where an optional peer is missing),
+``target`` (a number or ``None``), ``better`` (``"higher"`` or ``"lower"``), ``unit`` and ``detail``. Further arguments
+of ``run`` can be given on the command line.
 """
 
 import argparse

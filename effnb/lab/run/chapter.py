@@ -459,7 +459,7 @@ def update(record: RunRecord, render: Renderers) -> list[Path]:
     """
     system, profile, source = record.system, record.profile, chapter_path(record.system)
     if profile == "smoke" or record.status != "ok":
-        raise ValueError(f"{system}: a run at {profile} that {record.status} can't be published")
+        raise ValueError(f"{system}: only whole runs at book or study can be published, got {profile}, {record.status}")
     new = load_result(system, profile, record.results)
     if new["key"]["parameters"] != parameters_of(system, profile):
         raise ValueError(f"{system}: measured with other parameters than those of {profile}: run the chapter again")
@@ -518,7 +518,7 @@ def misfits(systems: Sequence[str], render: Renderers) -> list[str]:
 
 
 def _shown(notebook: nbformat.NotebookNode) -> list[str]:
-    """Return the markup of cells that show stored results; pictures by their alternative text, as versions draw apart."""
+    """Return the markup of cells that show stored results; of pictures the alternative text, as versions draw apart."""
     outputs = [o for cell in notebook.cells if STORED & set(cell.metadata.get("tags", [])) for o in cell.outputs]
     return [re.sub(r'src="data:image[^"]*"', "", o.get("data", {}).get("text/html", "")) for o in outputs]
 

@@ -72,7 +72,7 @@ def module_hash(name: str) -> str | None:
 
 
 def loaded_modules() -> list[str]:
-    """Return the ``effnb`` modules that this process has loaded and that figures may depend on, and scripts of ``data/``.
+    """Return the ``effnb`` modules that this process has loaded and that figures may depend on, and ``data/`` scripts.
 
     >>> "effnb.lab.run.stale" in loaded_modules()
     True

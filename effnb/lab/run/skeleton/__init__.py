@@ -3,7 +3,9 @@
 What must be filled in says PLACEHOLDER; a test fails as long as one is left.
 """
 
+import ast
 import datetime
+import itertools
 import keyword
 import re
 from pathlib import Path
@@ -140,29 +142,24 @@ def _notebook(text: str) -> str:
 
 
 def _part_init(old: str, part: str, name: str) -> str:
-    """Return the part's ``__init__`` with the new system's names."""
+    """Return the part's ``__init__`` with the new system's names, imports in order, all else as it was."""
     if not old:
-        old = f'"""Part {PARTS.get(part, part)} of the book."""\n'
-    module, star = f"from effnb.{part} import {name}", f"from effnb.{part}.{name} import *  # noqa: F403"
-    before, found, listed = old.partition("__all__ = [")
-    lines = before.rstrip().splitlines()
-    at = max((k for k, line in enumerate(lines) if line.startswith(("from ", "import ", ")"))), default=None)
-    if at is None:
-        lines += ["", module, star]
-    elif (
-        known := next((k for k, line in enumerate(lines) if line.startswith(f"from effnb.{part} import ")), None)
-    ) is not None and "(" not in lines[known]:
-        names = sorted({*lines[known].partition(" import ")[2].split(", "), name})
-        lines[known] = f"from effnb.{part} import {', '.join(names)}"
-        lines.insert(at + 1, star)
-    else:
-        lines[at + 1 : at + 1] = [module, star]
-    head = "\n".join(lines)
-    if not found:
-        return f"{head}\n\n__all__ = [*{name}.__all__]\n"
-    inner, _, rest = listed.partition("]")
-    entries = [entry.strip() for entry in inner.split(",") if entry.strip()]
-    return f"{head}\n\n__all__ = [{', '.join([*entries, f'*{name}.__all__'])}]{rest}"
+        old = f'"""Part {PARTS.get(part, part)} of the book."""\n\n__all__ = []\n'
+    lines, nodes = old.splitlines(), [n for n in ast.parse(old).body if isinstance(n, ast.ImportFrom)]
+    imports = {n.module: "\n".join(lines[n.lineno - 1 : n.end_lineno]) for n in nodes}
+    modules = [alias.name for n in nodes if n.module == f"effnb.{part}" for alias in n.names]
+    imports[f"effnb.{part}"] = f"from effnb.{part} import {', '.join(sorted([*modules, name]))}"
+    imports[f"effnb.{part}.{name}"] = f"from effnb.{part}.{name} import *"
+    block = "\n".join(imports[module] for module in sorted(imports))
+    start, end = (nodes[0].lineno - 1, nodes[-1].end_lineno) if nodes else (2, 2)
+    text = "\n".join([*lines[:start], block, *([] if nodes else [""]), *lines[end:]]) + "\n"
+    before, listed, after = text.partition("__all__ = [")
+    if not listed:
+        return f"{text}\n__all__ = [*{name}.__all__]\n"
+    inner, _, rest = after.partition("]")
+    if inner.endswith("\n"):
+        return f"{before}{listed}{inner}    *{name}.__all__,\n]{rest}"
+    return f"{before}{listed}{f'{inner}, ' if inner else ''}*{name}.__all__]{rest}"
 
 
 def _contents(old: str, part: str, number: int, file: str, title: str) -> str:
@@ -174,7 +171,7 @@ def _contents(old: str, part: str, number: int, file: str, title: str) -> str:
     caption = PARTS.get(part, part)
     blocks = [k for k, line in enumerate(lines) if line.startswith("  - caption:")] + [len(lines)]
     place = None
-    for start, end in zip(blocks, blocks[1:], strict=False):
+    for start, end in itertools.pairwise(blocks):
         numbers = {k: int(m[1]) for k in range(start, end) if (m := re.search(r"notebooks/(\d\d)_", lines[k]))}
         later = [k for k, n in numbers.items() if n > number]
         if yaml.safe_load(lines[start].strip()[2:])["caption"] == caption:
