@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -27,7 +28,7 @@ from effnb.lab.measure import data as sets
 from effnb.lab.paths import chapter_path, chapters, committed_results, results_root, root
 from effnb.lab.run import bench as benches
 from effnb.lab.run import chapter, skeleton, stale
-from effnb.lab.run.parameters import parse_grid, parse_parameters, parse_seeds
+from effnb.lab.run.parameters import parse_grid, parse_parameters, parse_seeds, profiles
 
 #: What draws the cells of a notebook that show stored results.
 RENDER: chapter.Renderers = {"lead": show.lead, "at-a-glance": show.at_a_glance, "study": show.study}
@@ -137,9 +138,10 @@ def _failures(records: Sequence[chapter.RunRecord]) -> bool:
 @app.command("list")
 def list_chapters(
     names: Annotated[bool, typer.Option("--json", help="Only the names, as a JSON list, for workflows.")] = False,
+    profile: Annotated[str | None, typer.Option(help="Only chapters that have this parameter set.")] = None,
 ) -> None:
     """Show every chapter with its claims, verdicts and the seconds that it takes."""
-    systems = chosen(None)
+    systems = [s for s in chosen(None) if profile in (None, "book") or profile in profiles(s)]
     if names:
         print(json.dumps(systems))
         return
@@ -241,18 +243,19 @@ def _counts(results: Path | None, system: str, profile: str) -> tuple[str, str]:
     texts = []
     for words in ([e and e["verdict"] for _, e in entries], [stated_verdict(c, e) for c, e in entries]):
         found = Counter(words)
-        texts.append(" ".join(f"{sum(found[v] for v in verdicts):>2}" for verdicts in COUNTED))
+        texts.append("/".join(str(sum(found[v] for v in verdicts)) for verdicts in COUNTED))
     return texts[0], texts[1]
 
 
 def _counts_table(records: Mapping[str, chapter.RunRecord], built: Path) -> Table:
     """Return one line a chapter, readable at 80 columns."""
     table = Table(
-        title="Verdicts: reproduced, partially, not reproduced, not tested",
+        title="Verdicts: reproduced/partially/not reproduced/not tested",
         caption="rival: against the strongest rival; stated: as the paper stated it",
+        box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for column in ("chapter", "book\nrival", "\nstated", "study\nrival", "\nstated", "\nseconds"):
+    for column in ("chapter", "book:\nrival", "\nstated", "study:\nrival", "\nstated", "\nseconds"):
         table.add_column(column, justify="left" if column == "chapter" else "right", no_wrap=True)
     for system, record in records.items():
         fresh = _counts(built, system, "book") if record.status == "ok" else (record.status, "")

@@ -25,7 +25,7 @@ from rich.table import Table
 from effnb.common import write_atomically
 from effnb.lab.measure.timing import Ratio, machine_info, roofline_probe
 from effnb.lab.paths import committed_results, digest, root
-from effnb.lab.run import parameters, process
+from effnb.lab.run import process
 
 SCHEMA = "effnb-bench/1"
 FIELDS = ("name", "ours", "peer", "ratio", "target", "better", "unit", "detail")
@@ -71,6 +71,8 @@ def run_all(
         raise ValueError(f"systems must be among {', '.join(found) or 'none'}, got {', '.join(missing)}")
     chosen = list(dict.fromkeys(systems or found))
     options = {}
+    if further:
+        from effnb.lab.run import parameters  # here: a benchmark's own process needs none of it
     for system in chosen if further else ():
         declared = parameters.arguments(found[system])
         options[system] = parameters.checked(further, {n: k for n, k in declared.items() if n != "quick"}, system)

@@ -299,7 +299,7 @@ def expected_seconds(system: str, profile: str = "book") -> float:
         result = load_result(system, profile)
     except ValueError:
         result = None
-    return float(result["runtime_s"]) if result else _GUESS[profile]
+    return float(result["runtime_s"]) if result else _GUESS.get(profile, 60.0)
 
 
 def smoke(systems: Sequence[str]) -> int:

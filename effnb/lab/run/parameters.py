@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import papermill
 import yaml
 from pydantic import JsonValue
 
@@ -52,6 +51,8 @@ def inspected(notebook: Path) -> dict[str, Known]:
     Raises:
         ValueError: it has no cell tagged ``parameters``, or none that can be read: a profile would change nothing.
     """
+    import papermill  # here: every kernel imports this module for its staleness key, and papermill takes long
+
     found = papermill.inspect_notebook(str(notebook))
     if not found:
         raise ValueError(f"{notebook.name} must have a cell with the tag 'parameters' that declares some")

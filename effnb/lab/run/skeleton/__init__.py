@@ -66,6 +66,8 @@ def create(name: str, part: str, number: int, title: str | None = None, folder: 
     today = datetime.date.today()
     words = {"name": name, "part": part, "number": f"{number:02d}", "title": title, "today": today.isoformat()}
     words |= {"hyphens": name.replace("_", "-"), "verb": f"{name}_value", "key": f"{name}{today.year}placeholder"}
+    imports = ["from effnb.lab.measure.timing import paired_ratio", f"from effnb.{part} import {words['verb']}"]
+    words["bench_imports"] = "\n".join(sorted(imports))
     # A title may hold anything: YAML quotes it, and no Python file shows it.
     words |= {"yaml_title": _quoted(title), "yaml_method": _quoted(f"{title}: PLACEHOLDER for the table of methods")}
     module = f"effnb/{part}/{name}/{name}.py" if folder else f"effnb/{part}/{name}.py"
