@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from effnb.lab.measure import cost, data
-from effnb.lab.run.fanout import fan_out, one_thread
 from effnb.lab.measure.seed import seed_everything
+from effnb.lab.run.fanout import fan_out, one_thread
 from effnb.nas.nanobench import build_net, images, sample_cells, train_net
 from effnb.nas.nb201 import is_connected
 

@@ -31,8 +31,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from effnb.lab.measure import data
-from effnb.lab.run.fanout import fan_out, one_thread
 from effnb.lab.measure.seed import streams
+from effnb.lab.run.fanout import fan_out, one_thread
 from effnb.nas import nanobench, score_all
 from effnb.nas.nb201 import all_cells, build_cell_net, is_connected, iso_class
 from effnb.nas.proxies import count_macs, count_params

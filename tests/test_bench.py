@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from effnb.lab.measure.timing import Ratio
+from effnb.lab.paths import digest
 from effnb.lab.run import bench
 
 ROW = {"name": "step", "ours": "a", "peer": "b", "ratio": 3.0, "target": 2.0, "better": "higher", "unit": "x"}
@@ -43,6 +44,7 @@ def test_run_all_writes_records_and_goes_on_after_a_failure(folder, capsys):
     assert [path.name for path in out.iterdir()] == ["good.json"]
     assert json.loads((out / "good.json").read_text()) == good
     assert good["schema"] == "effnb-bench/1" and good["quick"] is True
+    assert bench.problems(out) == []
     assert good["machine"]["threads"] == 1
     assert good["roofline"]["gflops"] > 0 and good["roofline"]["gb_s"] > 0
     first, second = good["rows"]
@@ -136,6 +138,42 @@ def test_missing_fields_and_twins_are_refused():
         bench.checked_rows([ROW, ROW])
     with pytest.raises(ValueError, match="rows must be a list"):
         bench.checked_rows(None)
+
+
+SIZED = """
+def run(quick: bool = False, size: int = 3, *, kind: str = "a"):
+    row = {"name": f"{kind}{size}", "ours": "a", "peer": "b", "ratio": 1.0, "target": None}
+    return [row | {"better": "higher", "unit": "x", "detail": ""}]
+"""
+
+
+def test_arguments_are_checked_before_anything_runs_and_passed_on(tmp_path, monkeypatch):
+    (tmp_path / "bench_sized.py").write_text(SIZED)
+    (record,) = bench.run_all(out=tmp_path, folder=tmp_path, further={"size": 5, "kind": "b"})
+    assert record["rows"][0]["name"] == "b5"
+    monkeypatch.setattr(bench, "_run_apart", lambda *_: pytest.fail("it ran"))
+    for further, message in (
+        ({"sise": 5}, r"parameters of sized must be among \['kind', 'size'\], got 'sise'"),
+        ({"size": "big"}, "size of sized must be of type int, got 'big'"),
+        ({"quick": True}, "got 'quick'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bench.run_all(out=tmp_path, folder=tmp_path, further=further)
+
+
+def test_an_edited_record_is_named(folder):
+    (record,) = bench.run_all(["good"], out=folder, folder=folder)
+    assert bench.problems(folder) == []
+    record["rows"][0]["ratio"]["median"] = 99.0
+    (folder / "good.json").write_text(json.dumps(record))
+    assert bench.problems(folder) == ["bench/good.json: the file was edited after it was written"]
+    # With a digest that fits, a verdict must still follow from its ratio.
+    record["rows"][0] |= {"verdict": "not met"}
+    record["digest"] = digest({k: v for k, v in record.items() if k != "digest"})
+    (folder / "good.json").write_text(json.dumps(record))
+    assert bench.problems(folder) == ["bench/good.json, sum [of] range: stored 'not met', but its ratio gives 'met'"]
+    (folder / "good.json").write_text("[]")
+    assert "not a benchmark's record" in bench.problems(folder)[0]
 
 
 def test_run_all_refuses(tmp_path):

@@ -61,10 +61,15 @@ CELLS = [
         'record = lab.Recorder("toy", profile, seeds)\n'
         'record.record("T1", ours, baseline, {"small loss": [0.1 + 0.01 * s for s in seeds]})\n'
         'record.record("T2", [4.0] * len(seeds))\n'
-        'record.note_metric("ours", ours)\nrecord.save()\nlab.show.report(record)',
+        'record.note_metric("ours", ours)\n'
+        'record.table("gains", ["seed", "gain"], [[str(s), g] for s, g in zip(seeds, ours)], "Gains.")\n'
+        "record.save()\nlab.show.report(record)",
         [],
     ),
+    ("code", 'lab.show.study("toy")', ["study"]),
 ]  # fmt: skip
+
+PROFILES = "toy:\n  smoke: {seeds: [0]}\n  study: {seeds: [0, 1, 2, 3]}\n"
 
 
 def toy_notebook(replace: dict[str, str] | None = None) -> str:
@@ -87,5 +92,7 @@ def make_toy_book(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_atomically(folder / "requirements.lock", "numpy==2\n")
     write_atomically(folder / "book" / "claims" / "toy.yaml", yaml.safe_dump(CLAIMS, sort_keys=False))
     write_atomically(folder / "notebooks" / "01_toy.ipynb", toy_notebook())
-    write_atomically(folder / "notebooks" / "profiles.yaml", "toy:\n  smoke: {seeds: [0]}\n")
+    write_atomically(
+        folder / "notebooks" / "profiles.yaml", "toy:\n  smoke: {seeds: [0]}\n  study: {seeds: [0, 1, 2, 3]}\n"
+    )
     return folder

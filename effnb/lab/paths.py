@@ -10,18 +10,47 @@ def root() -> Path:
     """Return the checkout: ``$EFFNB_ROOT``, else the nearest folder around here or the package that holds ``_toc.yml``.
 
     Raises:
-        FileNotFoundError: neither is inside a checkout of the book.
+        FileNotFoundError: ``$EFFNB_ROOT`` is no checkout of the book, or neither of the others is inside one.
 
     >>> (root() / "pyproject.toml").is_file()
     True
     """
     if configured := os.environ.get("EFFNB_ROOT"):
-        return Path(configured)
+        folder = Path(configured).resolve()  # workers run elsewhere: a relative path would change its meaning
+        if not (folder / "_toc.yml").is_file():
+            raise FileNotFoundError(f"EFFNB_ROOT must be a checkout of the book, with a _toc.yml, got {configured!r}")
+        return folder
     for start in (Path.cwd(), Path(__file__).resolve().parent):
         for folder in (start, *start.parents):
             if (folder / "_toc.yml").is_file() and (folder / "notebooks").is_dir():
                 return folder
     raise FileNotFoundError("no checkout of the book around the working folder: set EFFNB_ROOT to one")
+
+
+def chapters() -> dict[str, Path]:
+    """Return system name to notebook, in the order of the book.
+
+    >>> all(path.name.endswith(f"_{system}.ipynb") for system, path in chapters().items())
+    True
+    """
+    return {path.stem.split("_", 1)[1]: path for path in sorted((root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+
+
+def chapter_path(system: str) -> Path:
+    """Return the notebook of a chapter.
+
+    Raises:
+        ValueError: there is no such chapter; the message lists those there are.
+
+    >>> chapter_path("no_such_system")
+    Traceback (most recent call last):
+    ...
+    ValueError: system must be one of [...], got 'no_such_system'
+    """
+    known = chapters()
+    if system not in known:
+        raise ValueError(f"system must be one of {list(known)}, got {system!r}")
+    return known[system]
 
 
 def results_root() -> Path:

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike
 
 import effnb
 from effnb.common import check_choice
-from effnb.lab.judge.claims import load
+from effnb.lab.judge.claims import ClaimSet, load
 from effnb.lab.judge.results import load_result
 from effnb.lab.judge.stats import paired_t_interval
 from effnb.lab.measure import plot
@@ -199,17 +200,27 @@ def heat(axes: Axes, values: ArrayLike, rows: Sequence, columns: Sequence, best:
 # --- claims on the page ------------------------------------------------------------------------------------------
 
 
-def at_a_glance(system: str) -> Html:
+def at_a_glance(system: str, results: Path | None = None) -> Html:
     """Return *At a glance* of a chapter from the committed results; the runner refreshes it after a run.
 
     Args:
         system: the chapter's system.
+        results: folder of a run whose results go before the committed ones.
 
     Raises:
         ValueError: unknown system, or a result that breaks a rule.
     """
     claims = load(system)
-    return Html(verdicts.glance(claims, verdicts.entries_of(claims)), f"{system} at a glance")
+    return Html(verdicts.glance(claims, _entries(claims, results)), f"{system} at a glance")
+
+
+def _entries(claims: ClaimSet, results: Path | None) -> dict[str, dict[str, Mapping | None]]:
+    """Return the committed entries, and over them those of a run that has just ended."""
+    entries = verdicts.entries_of(claims)
+    if results is not None:
+        for ident, fresh in verdicts.entries_of(claims, results).items():
+            entries[ident] |= {profile: entry for profile, entry in fresh.items() if entry}
+    return entries
 
 
 def report(record: Recorder) -> Html:
@@ -222,15 +233,23 @@ def shortfalls(record: Recorder) -> Html:
     return Html(verdicts.shortfalls(record.registered, record.entries()), "claims that fell short")
 
 
-def study(system: str) -> Html:
-    """Return the section *At study scale*: the stored verdicts, tables and figures of the chapter's last study run."""
-    claims, result = load(system), load_result(system, "study")
+def study(system: str, results: Path | None = None) -> Html:
+    """Return the section *At study scale*: the stored verdicts, tables and figures of the chapter's last study run.
+
+    Args:
+        system: the chapter's system.
+        results: folder of a run whose result goes before the committed one.
+    """
+    claims, folder = load(system), Path(results or committed_results())
+    result = load_result(system, "study", folder)
+    if result is None and results is not None:
+        folder = committed_results()
+        result = load_result(system, "study", folder)
     if result is None:
         told = "No study has been run yet: `effnb run {} --profile study --update` runs it."
         return Html(f"<p>{verdicts.text(told.format(system))}</p>", "no study yet")
-    folder = committed_results() / "study" / system
     figures = [
-        plot.Picture((folder / f"{f['name']}.svg").read_bytes(), f["alt"], caption=f["caption"])
+        plot.Picture((folder / "study" / system / f"{f['name']}.svg").read_bytes(), f["alt"], caption=f["caption"])
         for f in result["figures"]
     ]
     return Html(
@@ -238,15 +257,19 @@ def study(system: str) -> Html:
     )
 
 
-def lead(system: str) -> Html:
+def lead(system: str, results: Path | None = None) -> Html:
     """Return what a chapter opens with, from the committed results: one sentence on the primary claim and its picture.
 
     The picture has a row for the claim at each scale and for each of its conditions: a tick a seed, mean and interval,
     and the side of the threshold where the criterion holds.
+
+    Args:
+        system: the chapter's system.
+        results: folder of a run whose results go before the committed ones.
     """
     claims = load(system)
     claim = next(claim for claim in claims.claims if claim.primary)
-    entries = verdicts.entries_of(claims)[claim.id]
+    entries = _entries(claims, results)[claim.id]
     profile, entry = verdicts.headline(claim, entries)
     picture = ""
     if entry and entry["measured"]["estimate"] is not None:

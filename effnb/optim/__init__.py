@@ -1,6 +1,6 @@
 """Optimisers: adaptive methods whose hyper-parameters mean what they say."""
 
 from effnb.optim import avagrad, functional
-from effnb.optim.avagrad import *  # noqa: F403
+from effnb.optim.avagrad import *
 
 __all__ = [*avagrad.__all__, "functional"]

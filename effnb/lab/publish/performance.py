@@ -4,52 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from effnb.lab.judge.claims import Criterion
 from effnb.lab.publish.verdicts import render
+from effnb.lab.run.bench import bounds, judge, ratio_text
 
 #: What a benchmark row's judgement looks like, as the verdict of the same weight.
 MET = {"met": "reproduced", "median only": "partially", "not met": "not-reproduced-at-this-scale"}
-
-
-def bounds(row: Mapping) -> tuple[float, float, float] | None:
-    """Return median, low and high end of a row's ratio; ``None`` where nothing was measured.
-
-    >>> bounds({"ratio": {"median": 2.0, "lo": 1.5, "hi": 2.5}})
-    (2.0, 1.5, 2.5)
-    """
-    ratio = row.get("ratio")
-    if isinstance(ratio, Mapping):
-        return (ratio["median"], ratio["lo"], ratio["hi"]) if ratio.get("median") is not None else None
-    return None if ratio is None else (float(ratio),) * 3
-
-
-def judge(row: Mapping) -> str:
-    """Return ``met`` if the whole interval is on the right side of the target, ``median only`` if just the median is.
-
-    >>> judge({"ratio": 3.0, "target": 2.0, "better": "higher"})
-    'met'
-    """
-    found, target = bounds(row), row.get("target")
-    if found is None:
-        return "not measured"
-    if target is None:
-        return "no target"
-    sign = -1 if row.get("better") == "lower" else 1
-    worst, middle = min(sign * found[1], sign * found[2]), sign * found[0]
-    return "met" if worst >= sign * target else "median only" if middle >= sign * target else "not met"
-
-
-def ratio_text(row: Mapping) -> str:
-    """Return the ratio with its interval and unit.
-
-    >>> ratio_text({"ratio": {"median": 2.04, "lo": 1.96, "hi": 2.1}, "unit": "x"})
-    '2.0× [2.0, 2.1]'
-    """
-    if (found := bounds(row)) is None:
-        return "not measured"
-    places = 0 if abs(found[0]) >= 100 else 1 if abs(found[0]) >= 2 else 2
-    median, low, high = (f"{v:.{places}f}" for v in found)
-    unit = {"x": "×", None: "", "": ""}.get(row.get("unit"), f" {row.get('unit')}")
-    noisy = isinstance(row.get("ratio"), Mapping) and row["ratio"].get("noisy")
-    return f"{median}{unit}" + (f" [{low}, {high}]" if found[1] != found[2] else "") + " (noisy)" * bool(noisy)
 
 
 def criterion_of(row: Mapping) -> Criterion | None:

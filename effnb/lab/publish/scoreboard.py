@@ -139,7 +139,7 @@ def slug(row: Mapping) -> str:
 
 
 def board(rows: Sequence[Mapping], ident: str = "board") -> str:
-    """Return controls and the table of all claims, which sorts and filters in the browser and is whole without scripts."""
+    """Return controls and the table of all claims, which sorts and filters in the browser and needs no scripts."""
     menu = sorted({(row["chapter"], row["system"], row["title"]) for row in rows})
     return _page("board.html", rows=rows, counts=tally(rows), menu=menu, ident=ident)
 

@@ -1,17 +1,16 @@
 """The side-by-side benchmarks: each in a fresh process on one thread, judged against the target set beforehand.
 
 A file ``benchmarks/bench_<system>.py`` holds ``run(quick=False)``, which returns rows: ``name``, ``ours``, ``peer``,
-``ratio`` (a :class:`~effnb.lab.measure.timing.Ratio`, a number, or ``None`` where an optional peer is missing), ``target``
-(a number or ``None``), ``better`` (``"higher"`` or ``"lower"``), ``unit`` and ``detail``.
+``ratio`` (a :class:`~effnb.lab.measure.timing.Ratio`, a number, or ``None`` where an optional peer is missing),
+``target`` (a number or ``None``), ``better`` (``"higher"`` or ``"lower"``), ``unit`` and ``detail``. Further arguments
+of ``run`` can be given on the command line.
 """
 
 import argparse
 import dataclasses
 import json
 import math
-import os
 import runpy
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,19 +18,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from effnb.common import write_atomically
 from effnb.lab.measure.timing import Ratio, machine_info, roofline_probe
-from effnb.lab.paths import committed_results, root
-from effnb.lab.publish.performance import judge, ratio_text
+from effnb.lab.paths import committed_results, digest, root
+from effnb.lab.run import process
 
 SCHEMA = "effnb-bench/1"
 FIELDS = ("name", "ours", "peer", "ratio", "target", "better", "unit", "detail")
-_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _COLOURS = {"met": "green", "median only": "yellow", "not met": "red"}
 
 
@@ -41,6 +38,7 @@ def run_all(
     out: str | Path | None = None,
     folder: str | Path | None = None,
     timeout: float = 3600.0,
+    further: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Run the benchmarks one after another, write ``<out>/<system>.json`` for each and print its table.
 
@@ -49,16 +47,18 @@ def run_all(
     Args:
         systems: names; none means all.
         quick: smoke scale; the figures then go to ``_build/bench``, never among the published ones.
-        out: folder to write to; default ``book/results/bench``, or ``_build/bench`` with ``quick``.
+        out: folder to write to; default ``book/results/bench``, or ``_build/bench`` with ``quick`` or ``further``.
         folder: where the ``bench_*.py`` are; default ``benchmarks`` of the checkout.
         timeout: seconds for each benchmark.
+        further: arguments of every benchmark's ``run``, over its own defaults.
 
     Returns:
         One record a system: ``schema``, ``system``, ``quick``, ``rows`` (each with its ``verdict``), ``machine``,
-        ``roofline``, ``seconds``; or ``system``, ``seconds`` and ``error``.
+        ``roofline``, ``seconds``, ``digest``; or ``system``, ``seconds`` and ``error``.
 
     Raises:
-        ValueError: a system without a benchmark, or ``timeout`` not positive.
+        ValueError: a system without a benchmark, an argument that one has not or of another type, or ``timeout`` not
+            positive; nothing has run then.
 
     >>> import tempfile; folder = Path(tempfile.mkdtemp())
     >>> run_all(folder=folder, out=folder)
@@ -69,11 +69,19 @@ def run_all(
     found = benchmarks(folder)
     if missing := sorted(set(systems) - set(found)):
         raise ValueError(f"systems must be among {', '.join(found) or 'none'}, got {', '.join(missing)}")
-    out = Path(out) if out else root() / "_build" / "bench" if quick else committed_results() / "bench"
+    chosen = list(dict.fromkeys(systems or found))
+    options = {}
+    if further:
+        from effnb.lab.run import parameters  # here: a benchmark's own process needs none of it
+    for system in chosen if further else ():
+        declared = parameters.arguments(found[system])
+        options[system] = parameters.checked(further, {n: k for n, k in declared.items() if n != "quick"}, system)
+    published = not quick and not further
+    out = Path(out) if out else committed_results() / "bench" if published else root() / "_build" / "bench"
     console, records = Console(), []
-    for system in dict.fromkeys(systems or found):
+    for system in chosen:
         console.print(f"bench {system} ...", style="dim")
-        record = _run_apart(system, found[system], quick, timeout)
+        record = _run_apart(system, found[system], options.get(system, {}) | {"quick": quick}, timeout)
         if "error" not in record:
             write_atomically(out / f"{system}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
         console.print(table(record))
@@ -82,7 +90,7 @@ def run_all(
 
 
 def benchmarks(folder: str | Path | None = None) -> dict[str, Path]:
-    """System to its benchmark file, sorted by name.
+    """Return system to its benchmark file, sorted by name.
 
     Args:
         folder: where the ``bench_*.py`` are; default ``benchmarks`` of the checkout.
@@ -95,7 +103,7 @@ def benchmarks(folder: str | Path | None = None) -> dict[str, Path]:
 
 
 def checked_rows(rows: Any) -> list[dict[str, Any]]:
-    """Rows as plain JSON values, each with its ``verdict``.
+    """Return rows as plain JSON values, each with its ``verdict``.
 
     A target is met only if the whole interval is on its good side.
 
@@ -120,7 +128,7 @@ def checked_rows(rows: Any) -> list[dict[str, Any]]:
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """A table for the terminal of one system's record, or of what went wrong.
+    """Return a table for the terminal of one system's record, or of what went wrong.
 
     >>> table({"system": "a", "seconds": 1.0, "error": "broken"}).row_count
     1
@@ -140,6 +148,49 @@ def table(record: Mapping[str, Any]) -> Table:
         cells = [escape(text) for text in (row["name"], row["ours"], row["peer"], ratio_text(row) + " noisy" * noisy)]
         shown.add_row(*cells, target, f"[{colour}]{row['verdict']}[/]")
     return shown
+
+
+def bounds(row: Mapping) -> tuple[float, float, float] | None:
+    """Return median, low and high end of a row's ratio; ``None`` where nothing was measured.
+
+    >>> bounds({"ratio": {"median": 2.0, "lo": 1.5, "hi": 2.5}})
+    (2.0, 1.5, 2.5)
+    """
+    ratio = row.get("ratio")
+    if isinstance(ratio, Mapping):
+        return (ratio["median"], ratio["lo"], ratio["hi"]) if ratio.get("median") is not None else None
+    return None if ratio is None else (float(ratio),) * 3
+
+
+def judge(row: Mapping) -> str:
+    """Return ``met`` if the whole interval is on the right side of the target, ``median only`` if just the median is.
+
+    >>> judge({"ratio": 3.0, "target": 2.0, "better": "higher"})
+    'met'
+    """
+    found, target = bounds(row), row.get("target")
+    if found is None:
+        return "not measured"
+    if target is None:
+        return "no target"
+    sign = -1 if row.get("better") == "lower" else 1
+    worst, middle = min(sign * found[1], sign * found[2]), sign * found[0]
+    return "met" if worst >= sign * target else "median only" if middle >= sign * target else "not met"
+
+
+def ratio_text(row: Mapping) -> str:
+    """Return the ratio with its interval and unit.
+
+    >>> ratio_text({"ratio": {"median": 2.04, "lo": 1.96, "hi": 2.1}, "unit": "x"})
+    '2.0× [2.0, 2.1]'
+    """
+    if (found := bounds(row)) is None:
+        return "not measured"
+    places = 0 if abs(found[0]) >= 100 else 1 if abs(found[0]) >= 2 else 2
+    median, low, high = (f"{v:.{places}f}" for v in found)
+    unit = {"x": "×", None: "", "": ""}.get(row.get("unit"), f" {row.get('unit')}")
+    noisy = isinstance(row.get("ratio"), Mapping) and row["ratio"].get("noisy")
+    return f"{median}{unit}" + (f" [{low}, {high}]" if found[1] != found[2] else "") + " (noisy)" * bool(noisy)
 
 
 def _checked_row(row: Any) -> dict[str, Any]:
@@ -174,44 +225,56 @@ def _positive(field: str, value: Any) -> float:
     return number
 
 
-def _run_apart(system: str, path: Path, quick: bool, timeout: float) -> dict[str, Any]:
-    """The record of one benchmark, run by a fresh interpreter; what goes wrong there becomes ``error``."""
-    package = str(Path(__file__).resolve().parents[2])
-    paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    environment = os.environ | dict.fromkeys(_ONE_THREAD, "1") | {"PYTHONPATH": paths}
+def problems(folder: Path | None = None) -> list[str]:
+    """Return what is wrong with stored benchmarks, one line each: edited by hand, or a verdict its ratio does not give.
+
+    Args:
+        folder: default ``book/results/bench``.
+    """
+    lines = []
+    for path in sorted((folder or committed_results() / "bench").glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            if record["digest"] != digest({k: v for k, v in record.items() if k != "digest"}):
+                lines.append(f"bench/{path.name}: the file was edited after it was written")
+            lines += [
+                f"bench/{path.name}, {row['name']}: stored {row['verdict']!r}, but its ratio gives {judge(row)!r}"
+                for row in record["rows"]
+                if row["verdict"] != judge(row)
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            lines.append(f"bench/{path.name}: not a benchmark's record ({type(error).__name__}: {error})")
+    return lines
+
+
+def _run_apart(system: str, path: Path, options: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+    """Return the record of one benchmark, run by a fresh interpreter; what goes wrong there becomes ``error``."""
     start = perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        record, log = Path(folder) / "record.json", Path(folder) / "log.txt"
-        command = [sys.executable, "-m", "effnb.lab.run.bench", str(path), str(record), *["--quick"] * quick]
+        out = Path(folder) / "record.json"
+        command = [sys.executable, "-m", "effnb.lab.run.bench", path, out, json.dumps(dict(options))]
         try:
-            with log.open("w") as stream:
-                code = subprocess.run(
-                    command, env=environment, stdout=stream, stderr=subprocess.STDOUT, timeout=timeout, check=False
-                ).returncode
-            error = f"exit code {code}: {_last_line(log)}" if code or not record.exists() else ""
-        except subprocess.TimeoutExpired:
+            code, log = process.call(command, timeout=timeout)
+            last = (log.strip().splitlines() or ["no output"])[-1]
+            error = f"exit code {code}: {last}" if code or not out.exists() else ""
+        except TimeoutError:
             error = f"took more than {timeout:g} s"
         seconds = round(perf_counter() - start, 1)
-        content = {"error": error} if error else json.loads(record.read_text())
-    return {"schema": SCHEMA, "system": system, "quick": quick, "seconds": seconds} | content
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
+        content = {"error": error} if error else json.loads(out.read_text())
+    record = {"schema": SCHEMA, "system": system, "quick": options["quick"], "seconds": seconds} | content
+    return record if error else record | {"digest": digest(record)}
 
 
 def _main() -> None:
     """Inside the fresh interpreter: run one file and leave its record."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path")
-    parser.add_argument("out")
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = checked_rows(runpy.run_path(options.path)["run"](quick=options.quick))
+    for name in ("path", "out", "options"):
+        parser.add_argument(name)
+    given = parser.parse_args()
+    process.one_thread()
+    rows = checked_rows(runpy.run_path(given.path)["run"](**json.loads(given.options)))
     record = {"rows": rows, "machine": machine_info(), "roofline": roofline_probe()}
-    write_atomically(Path(options.out), json.dumps(record, allow_nan=False))
+    write_atomically(given.out, json.dumps(record, allow_nan=False))
 
 
 if __name__ == "__main__":

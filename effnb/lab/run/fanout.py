@@ -1,40 +1,22 @@
-"""One function over many items: on processes of this machine, or on a Ray cluster that is already running."""
+"""One function over many items: on processes of this machine by joblib, or on a Ray cluster that is running already."""
 
-import ctypes
-import multiprocessing
 import os
 import pickle
-import signal
+import socket
 import sys
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
-from effnb.lab.run import cluster
+from joblib import Parallel, delayed, parallel_config
 
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+from effnb.lab.run.process import die_with_parent, one_thread
+
 OnDone = Callable[[int, object], None]
-
-
-def one_thread() -> None:
-    """Give every numerical library of this process one thread, whether it is loaded already or not."""
-    os.environ.update(dict.fromkeys(THREADS, "1"))
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
-
-
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it is gone, however that ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _begin() -> None:
-    die_with_parent()
-    one_thread()
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def fan_out(
@@ -46,15 +28,15 @@ def fan_out(
 ) -> list[object]:
     """Call ``function`` on each item, in parallel; return results or exceptions in the order of the items.
 
-    An item that raises, or kills its process, costs only itself: its place holds the exception. Locally each item runs
-    in a freshly spawned process with one thread, so ``function`` and the items must be picklable, and a script must
-    call this under ``if __name__ == "__main__"``.
+    An item that raises, or kills its process, costs only itself: its place holds the exception. ``function`` and the
+    items must be picklable; every process has one thread.
 
     Args:
         function: of one item.
         items: any picklable values.
         jobs: processes at a time, >= 1; a Ray cluster schedules by its own CPUs instead.
-        ray_address: address of a running cluster, or ``"auto"``; default processes of this machine.
+        ray_address: ``"host:port"`` or ``"ray://host:port"`` of a running cluster, or ``"auto"``; default processes of
+            this machine. A head that was started with ``--node-ip-address=127.0.0.1`` is named by that address.
         on_done: called in this process with (index, result or exception) as each item ends, in no fixed order.
 
     Returns:
@@ -74,8 +56,6 @@ def fan_out(
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(f"function must be picklable, a function of a module, got {function!r}") from error
     items = list(items)
-    if not items:
-        return []
     outcomes: list[object] = [None] * len(items)
 
     def done(index: int, outcome: object) -> None:
@@ -83,49 +63,58 @@ def fan_out(
         if on_done:
             on_done(index, outcome)
 
-    if ray_address is None:
+    if items and ray_address is None:
         _on_processes(function, items, jobs, done)
-    else:
+    elif items:
         _on_ray(function, items, ray_address, done)
     return outcomes
 
 
-def _pool(jobs: int) -> ProcessPoolExecutor:
-    # Spawn: a forked torch may hang on locks of threads that do not exist in the child.
-    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_begin)
-
-
 def _on_processes(function: Callable, items: Sequence, jobs: int, done: OnDone) -> None:
-    """Work through the items; those in flight when a process died are tried again, each in a pool of its own."""
-    waiting, suspects = deque(range(len(items))), deque()
-    while waiting:
-        suspects.extend(_until_broken(function, items, min(jobs, len(waiting)), waiting, done))
-    while suspects:
-        index = suspects.popleft()
-        if _until_broken(function, items, 1, deque([index]), done):
-            done(index, RuntimeError("the process of this item died (killed, out of memory or crashed)"))
+    """Work through the items; those in flight when a process died are tried again, each by itself."""
+    waiting, suspects = list(range(len(items))), []
+    while waiting or suspects:
+        # One by one first: a death then names its item, and the others go on together.
+        chosen = suspects[:1] or waiting
+        left = _until_broken(function, items, 1 if suspects else jobs, chosen, done)
+        if suspects:
+            if left:
+                died = RuntimeError("the process of this item died (killed, out of memory or crashed)")
+                done(suspects[0], died)
+            del suspects[0]
+        else:
+            begun = [index for index, in_flight in left.items() if in_flight]
+            suspects, waiting = begun, [index for index in left if index not in begun]
 
 
-def _until_broken(function: Callable, items: Sequence, jobs: int, waiting: deque, done: OnDone) -> list[int]:
-    """Empty ``waiting`` with one pool; if a process dies, return the items that were in flight, the rest stays."""
-    running: dict[Future, int] = {}
-    pool = _pool(jobs)
-    try:
-        while waiting or running:
-            # Never more than `jobs` in flight, so that a death leaves few suspects.
-            while waiting and len(running) < jobs:
-                future = pool.submit(_guarded, function, items[waiting[0]])
-                running[future] = waiting.popleft()
-            ended = wait(running, return_when=FIRST_COMPLETED).done
-            for future in sorted(ended, key=lambda f: f.exception() is not None):
-                if isinstance(future.exception(), BrokenProcessPool):
-                    return sorted(running.values())
-                done(running.pop(future), future.exception() or future.result())
-    except BrokenProcessPool:
-        return sorted(running.values())
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return []
+def _until_broken(
+    function: Callable, items: Sequence, jobs: int, chosen: Sequence[int], done: OnDone
+) -> dict[int, bool]:
+    """Work on chosen items; if a process dies, return those without outcome, and whether each had been begun."""
+    left = dict.fromkeys(chosen, False)
+
+    def tasks() -> Iterator:
+        for index in chosen:
+            left[index] = True
+            yield delayed(_numbered)(index, function, items[index])
+
+    # Never one process, which joblib would take to be this one; no more than `jobs` items are in flight, so that a
+    # death leaves few suspects.
+    with parallel_config("loky", inner_max_num_threads=1):
+        pool = Parallel(max(2, jobs), return_as="generator_unordered", pre_dispatch=jobs, batch_size=1)
+        try:
+            for index, outcome in pool(tasks()):
+                del left[index]
+                done(index, outcome)
+        except BrokenExecutor:
+            pass
+    return left
+
+
+def _numbered(index: int, function: Callable, item: object) -> tuple[int, object]:
+    die_with_parent()
+    one_thread()
+    return index, _guarded(function, item)
 
 
 def _guarded(function: Callable, item: object) -> object:
@@ -142,9 +131,12 @@ def _guarded(function: Callable, item: object) -> object:
         return error
 
 
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
 def _on_ray(function: Callable, items: Sequence, address: str, done: OnDone) -> None:
     """Run one Ray task an item on a cluster that is already up; leave the cluster as it was."""
-    with cluster.connected(address) as ray:
+    with _connected(address) as ray:
         task = ray.remote(num_cpus=1, max_retries=1)(_portable(ray.cloudpickle.dumps(function)))
         running = {task.remote(ray.cloudpickle.dumps(item)): index for index, item in enumerate(items)}
         while running:
@@ -161,7 +153,7 @@ def _portable(payload: bytes) -> Callable[[bytes], bytes]:
 
     Ray ships it by value; it takes over this process's import path, and unpickles the pickled function only then.
     """
-    folders = [str(Path(__file__).resolve().parents[2]), *filter(None, sys.path)]
+    folders = [str(Path(__file__).resolve().parents[3]), *filter(None, sys.path)]
 
     def run(item: bytes) -> bytes:
         import pickle
@@ -174,3 +166,66 @@ def _portable(payload: bytes) -> Callable[[bytes], bytes]:
         return pickle.dumps(fanout._guarded(pickle.loads(payload), pickle.loads(item)))
 
     return run
+
+
+def _import_ray(address: str) -> ModuleType:
+    """Return the module ray, set up for where the head listens.
+
+    Raises:
+        ImportError: ray is not installed; the message names the extra.
+        ConnectionError: nothing listens at ``host:port``; ray itself would go on trying for minutes.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if port.isdecimal() and "/" not in host:
+        if not _listens(host, int(port)):
+            raise ConnectionError(f"nothing listens at {address}")
+        if host in _LOOPBACK and not _listens(_outer_address(), int(port)):
+            # Ray replaces 127.0.0.1 by the machine's outer address, where such a head does not listen, unless it is
+            # told that this machine takes no part in clusters of several; it reads that when it is imported.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("ray_address needs the extra `ray`: pip install 'effnb[ray]'") from error
+    return ray
+
+
+def _listens(host: str, port: int, timeout: float = 3.0) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout):
+            return True
+    except OSError:
+        return False
+
+
+def _outer_address() -> str:
+    """Return this machine's address on the way out; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address kept for documents
+            return probe.getsockname()[0]
+        except OSError:
+            return socket.gethostbyname(socket.gethostname())
+
+
+@contextmanager
+def _connected(address: str) -> Iterator[ModuleType]:
+    """Connect to a running cluster; a connection that exists already is used and left open.
+
+    Raises:
+        ImportError: ray is not installed.
+        ValueError: no cluster answers there.
+    """
+    try:
+        ray = _import_ray(address)
+        mine = not ray.is_initialized()
+        if mine:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"ray_address {address!r}: no Ray cluster answers there ({error})") from error
+    try:
+        yield ray
+    finally:
+        if mine:
+            ray.shutdown()

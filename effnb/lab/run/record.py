@@ -28,6 +28,7 @@ from effnb.lab.judge.results import (
 from effnb.lab.measure import timing
 from effnb.lab.paths import digest
 from effnb.lab.run.process import git
+from effnb.lab.run.resume import earlier
 from effnb.lab.run.stale import loaded_modules, staleness_key
 
 _STARTED = time.perf_counter()
@@ -245,14 +246,15 @@ class Recorder:
         if missing := [c.short for c in self.registered.claims if c.id not in self.details]:
             raise ValueError(f"every registered claim must be recorded, missing {missing}")
         units = pack_units(self.measured)
+        spent = earlier()  # by cut-off runs, whose work this one went on with
         content = {
             "schema": "effnb-result/2",
             "system": self.registered.system,
             "profile": self.profile,
             "seeds": self.seeds,
             "scale": self.scale,
-            "runtime_s": round(time.perf_counter() - _STARTED, 1),
-            "cpu_s": round(time.process_time(), 1),
+            "runtime_s": round(time.perf_counter() - _STARTED + spent[0], 1),
+            "cpu_s": round(time.process_time() + spent[1], 1),
             "hardware": {k: timing.machine_info()[k] for k in ("cpu", "cores", "threads", "ram_gb", "gpu")},
             "software": software(),
             "key": staleness_key(self.registered.system, loaded_modules()),

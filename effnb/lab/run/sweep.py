@@ -1,25 +1,37 @@
-"""Run a chapter over a grid of parameters and seeds, resumably, and gather what it measured."""
+"""Run a chapter over a grid of parameters and seeds, resumably, and gather what it measured: tables and a figure."""
 
+import io
 import itertools
 import json
+import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import papermill
+import fsspec
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from effnb.lab.paths import digest, root
-from effnb.lab.run import chapter as runner
+from effnb.common import write_atomically
+from effnb.lab.judge import stats
+from effnb.lab.judge.results import result_path
+from effnb.lab.measure import plot
+from effnb.lab.paths import chapter_path, digest, root
+from effnb.lab.run import chapter, process
 from effnb.lab.run.fanout import fan_out
-from effnb.lab.run.grid import parse_grid, parse_seeds
-from effnb.lab.run.stale import chapters, module_hash, notebook_hash, staleness_key
-from effnb.lab.run.store import Store
-from effnb.lab.run.sweep_table import SweepTable, tabulate
+from effnb.lab.run.parameters import checked, injected, known
+from effnb.lab.run.stale import module_hash, notebook_hash, staleness_key
 
-__all__ = ["Cell", "SweepTable", "parse_grid", "parse_seeds", "run_cell", "sweep"]
+PANELS = 6
+OnCell = Callable[[int, int, dict], None]
 
 
 @dataclass(frozen=True)
@@ -35,15 +47,15 @@ class Cell:
     environment: Mapping = field(default_factory=dict)
 
     @property
-    def injected(self) -> dict:
-        """Everything that papermill injects."""
-        fixed = runner.parameters_of(self.system, self.profile)
-        return fixed | {"profile": self.profile} | dict(self.parameters) | {"seeds": [self.seed]}
+    def further(self) -> dict:
+        """What goes over the profile's parameters."""
+        return dict(self.parameters) | {"seeds": [self.seed]}
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Names the cell's files: equal for equal notebook source, profile and parameters."""
-        return digest({"system": self.system, "notebook": self.notebook, "parameters": self.injected})[:16]
+        everything = injected(self.system, self.profile, self.further) | {"profile": self.profile}
+        return digest({"system": self.system, "notebook": self.notebook, "parameters": everything})[:16]
 
 
 def run_cell(cell: Cell) -> dict:
@@ -58,63 +70,42 @@ def run_cell(cell: Cell) -> dict:
     """
     for name, value in cell.environment.items():
         os.environ.setdefault(name, value)
-    source = chapters().get(cell.system)
-    if source is None or notebook_hash(source) != cell.notebook:
+    try:
+        fits = notebook_hash(chapter_path(cell.system)) == cell.notebook
+    except ValueError:
+        fits = False
+    if not fits:
         raise RuntimeError(f"the checkout {root()} has no or another version of the chapter {cell.system}")
     with tempfile.TemporaryDirectory(prefix="effnb-sweep-", ignore_cleanup_errors=True) as folder:
-        out, written = Path(folder) / source.name, Path(folder) / cell.profile / f"{cell.system}.json"
-        record = runner.execute(cell.system, cell.profile, cell.injected, out, Path(folder), cell.timeout)
-        status, error, result = record.status, record.error, None
-        if status == "ok" and written.is_file():
-            result = json.loads(written.read_text())
-        elif status == "ok":
-            status, error = "failed", "the notebook ran, but wrote no result"
-        executed = out.read_text() if out.is_file() else ""
-    return {"status": status, "seconds": record.seconds, "error": error, "result": result, "executed": executed}
+        record = chapter.execute(cell.system, cell.profile, cell.further, Path(folder), cell.timeout)
+        written = result_path(cell.system, cell.profile, record.results)
+        result = json.loads(written.read_text()) if record.status == "ok" else None
+        executed = record.notebook.read_text() if record.notebook.is_file() else ""
+    return {"status": record.status, "seconds": record.seconds, "error": record.error} | {
+        "result": result,
+        "executed": executed,
+    }
 
 
 def cells_of(system: str, grid: Mapping[str, list], seeds: Sequence[int], profile: str, timeout: float | None) -> list:
     """Return the cells of a sweep, seeds fastest.
 
     Raises:
-        ValueError: for an unknown system, profile or parameter, an empty or repeated list of values.
+        ValueError: an unknown system, profile or parameter, a value of another type than the chapter's, an empty or
+            repeated list of values.
     """
-    source = chapters().get(system)
-    if source is None:
-        raise ValueError(f"system must be one of {list(chapters())}, got {system!r}")
-    known = sorted(set(papermill.inspect_notebook(str(source))) - {"seeds", "profile"})
-    for name in grid:
-        # Papermill only warns of an unknown name: the sweep would run, and every cell would be the same.
-        if name not in known:
-            raise ValueError(f"grid must name parameters of {system}, which are {known}; got {name!r}")
+    declared = {name: about for name, about in known(system).items() if name not in ("seeds", "profile")}
+    if unknown := [name for name in grid if name not in declared]:
+        checked(dict.fromkeys(unknown), declared, system)  # says what there is; an empty list of values would not
+    grid = {name: [checked({name: v}, declared, system)[name] for v in values] for name, values in grid.items()}
     for name, values in [*grid.items(), ("seeds", seeds)]:
         if not values or len({repr(v) for v in values}) != len(values):
             raise ValueError(f"{name} must have values that differ, at least one; got {list(values)}")
+    injected(system, profile, {"seeds": [int(seed) for seed in seeds]})
     environment = {name: value for name, value in os.environ.items() if name in ("EFFNB_DATA", "EFFNB_ROOT")}
-    version = notebook_hash(source)
+    version = notebook_hash(chapter_path(system))
     combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     return [Cell(system, profile, c, int(s), version, timeout, environment) for c in combinations for s in seeds]
-
-
-def finished(stored: bytes | None, system: str) -> dict | None:
-    """Return a stored cell if it ended well and nothing that it depends on has changed since, else None.
-
-    Args:
-        stored: content of the cell's file, None if there is none.
-        system: the chapter.
-    """
-    try:
-        record = json.loads(stored or "{}")
-    except json.JSONDecodeError:
-        return None
-    if record.get("status") != "ok":
-        return None
-    old = record["result"].get("key") or {}
-    now = staleness_key(system, ()) | {"modules": {name: _module_hash(name) for name in old.get("modules", {})}}
-    return record if all(old[part] == now[part] for part in ("modules", "lock", "python") if part in old) else None
-
-
-_module_hash = cache(module_hash)
 
 
 def sweep(
@@ -126,8 +117,8 @@ def sweep(
     profile: str = "book",
     out: str | Path | None = None,
     timeout: float | None = None,
-    on_cell: Callable[[int, int, dict], None] | None = None,
-) -> SweepTable:
+    on_cell: OnCell | None = None,
+) -> "SweepTable":
     """Run a chapter once for each grid cell and seed, and gather the figures with intervals.
 
     ``out`` receives ``cells/<key>.json`` as each cell ends, its executed notebook under ``notebooks/``, and at the end
@@ -140,39 +131,297 @@ def sweep(
         system: the chapter.
         grid: parameter name to values; every combination is one grid cell.
         seeds: each is a run of its own.
-        jobs: processes at a time on this machine.
+        jobs: processes at a time on this machine, >= 1.
         ray_address: address of a running Ray cluster, or ``"auto"``.
         profile: parameter set that the grid varies.
         out: folder or any address that fsspec knows; default ``_build/sweeps/<system>``.
-        timeout: seconds after which a cell is stopped.
+        timeout: seconds after which a cell is stopped; default by profile.
         on_cell: called with (cells ended, cells in all, the record) as each ends.
 
     Returns:
         The table; ``failures`` lists the cells that did not end well.
 
     Raises:
-        ValueError: for an unknown system, profile or parameter, empty or repeated values, ``jobs < 1``, no cluster.
+        ValueError: an unknown system, profile or parameter, a value of another type, empty or repeated values,
+            ``jobs < 1``, no cluster.
         ImportError: if ray or the protocol of ``out`` is not installed.
     """
-    cells = cells_of(system, grid, seeds, profile, timeout)
-    store = Store(out or root() / "_build" / "sweeps" / system)
-    _module_hash.cache_clear()
-    records = [finished(store.read(f"cells/{cell.key}.json"), system) for cell in cells]
+    if jobs < 1:
+        raise ValueError(f"jobs must be >= 1, got {jobs}")
+    cells, store = cells_of(system, grid, seeds, profile, timeout), Store(out or root() / "_build" / "sweeps" / system)
+    now = _Today(system)
+    records = [now.finished(store.read(f"cells/{cell.key}.json")) for cell in cells]
     missing = [k for k, record in enumerate(records) if record is None]
+    turn = threading.Lock()
 
-    def done(k: int, outcome: dict | Exception) -> None:
+    def done(k: int, outcome: dict | BaseException) -> None:
         cell = cells[missing[k]]
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             notes = "\n".join([repr(outcome), *getattr(outcome, "__notes__", [])])
             outcome = {"status": "failed", "seconds": 0.0, "error": notes, "result": None, "executed": ""}
-        if executed := outcome.pop("executed"):
-            store.write(f"notebooks/{cell.key}.ipynb", executed.encode())
         kept = {k: v for k, v in asdict(cell).items() if k not in ("environment", "timeout")}
         record = {"schema": "effnb-sweep-cell/1", "key": cell.key} | kept | outcome
-        store.write(f"cells/{cell.key}.json", json.dumps(record, indent=1).encode())
-        records[missing[k]] = record
-        if on_cell:
-            on_cell(sum(r is not None for r in records), len(cells), record)
+        executed = record.pop("executed")
+        with turn:
+            if executed:
+                store.write(f"notebooks/{cell.key}.ipynb", executed.encode())
+            sealed = record | {"digest": digest(record)}
+            store.write(f"cells/{cell.key}.json", json.dumps(sealed, indent=1).encode())
+            records[missing[k]] = record
+            if on_cell:
+                on_cell(sum(r is not None for r in records), len(cells), record)
 
-    fan_out(run_cell, [cells[k] for k in missing], jobs, ray_address, done)
+    left = [cells[k] for k in missing]
+    if ray_address is None:
+        _on_threads(left, jobs, done)
+    else:
+        fan_out(run_cell, left, jobs, ray_address, done)
     return tabulate(system, records, store)
+
+
+def _on_threads(cells: Sequence[Cell], jobs: int, done: Callable[[int, object], None]) -> None:
+    """Run cells from threads: each has its processes already."""
+
+    def one(k: int) -> None:
+        try:
+            outcome: object = run_cell(cells[k])
+        except Exception as error:
+            outcome = error
+        done(k, outcome)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            list(pool.map(one, range(len(cells))))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            process.stop_all()
+            raise
+
+
+class _Today:
+    """Whether stored cells fit today's code; every module is read once."""
+
+    def __init__(self, system: str) -> None:
+        key = staleness_key(system, (), {})
+        self.expected = {part: key[part] for part in ("lock", "python")}
+        self.hashes: dict[str, str | None] = {}
+
+    def finished(self, stored: bytes | None) -> dict | None:
+        """Return a stored cell if it is whole, ended well and nothing it depends on has changed since, else None."""
+        try:
+            record = json.loads(stored or "{}")
+            seal = record.pop("digest")
+            if seal != digest(record) or record["status"] != "ok":
+                return None
+            old = record["result"]["key"]
+            for name in old.get("modules", {}):
+                self.hashes.setdefault(name, module_hash(name))
+            same = all(self.hashes[name] == value for name, value in old.get("modules", {}).items())
+            same = same and all(old[part] == now for part, now in self.expected.items() if part in old)
+            values_of(record["result"])
+            return record if same else None
+        except (ValueError, KeyError, TypeError, AttributeError):  # whatever it is, it is no cell of a sweep
+            return None
+
+
+class Store:
+    """Files below one folder or address that fsspec knows, read and written whole; a reader never sees half of one.
+
+    Args:
+        out: a folder, or an address such as ``"s3://bucket/sweep"`` or ``"memory://sweep"``.
+
+    Raises:
+        ImportError: if the address needs a package that is not installed, naming it.
+        ValueError: if fsspec does not know the protocol.
+
+    >>> store = Store("memory://demo"); store.write("a/b.txt", b"x"); store.read("a/b.txt"), store.read("none")
+    (b'x', None)
+    """
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = str(out).rstrip("/")
+        self.files, self.base = fsspec.core.url_to_fs(self.out) if "://" in self.out else (None, self.out)
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's content, or None where there is none."""
+        path = f"{self.base}/{name}"
+        try:
+            return self.files.cat_file(path) if self.files else Path(path).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, raw: bytes) -> None:
+        """Write a file at once: renamed into place here, sent in one piece elsewhere."""
+        path = f"{self.base}/{name}"
+        if self.files is None:
+            write_atomically(path, raw)
+        else:
+            self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self.files.pipe_file(path, raw)
+
+
+# --- what was measured -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class SweepTable:
+    """The outcome of a sweep.
+
+    ``tidy`` has one row a measured value: ``system``, the grid's parameters, ``seed``, ``metric``, ``value``.
+    ``intervals`` has one row a grid cell and metric: the parameters, ``metric``, ``n``, ``mean``, ``lo``, ``hi`` (95 %
+    Student interval over seeds, NaN for one seed). ``failures`` lists the records of cells that did not end well.
+    """
+
+    system: str
+    parameters: list[str]
+    tidy: pd.DataFrame
+    intervals: pd.DataFrame
+    failures: list[dict] = field(default_factory=list)
+    out: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return the table of intervals, the failures with the end of their errors, and where the files are."""
+        shown = self.intervals.to_string(index=False, float_format=lambda v: f"{v:.6g}", na_rep="-")
+        lines = [shown if len(self.intervals) else "no cell ended well"]
+        for record in self.failures:
+            last = record["error"].strip().splitlines()[-1:] or ["no message"]
+            lines.append(f"{record['status']}: {_label(record['parameters'])} seed {record['seed']}: {last[0]}")
+        return "\n".join([*lines, *self.notes, f"written to {self.out}"])
+
+
+def values_of(result: Mapping) -> dict[str, float]:
+    """Return the figures of one run (one seed): the noted metrics, each claim's, then each claim's baseline's.
+
+    A claim that was measured over more than the seed (timing pairs) gives its estimate; one not tested gives nothing.
+
+    Args:
+        result: a chapter's result record.
+
+    >>> values_of({"claims": {"a/A1": {"measured": {"per_seed": [2.0]}}}, "metrics": {"loss": [0.5]}})
+    {'loss': 0.5, 'a/A1': 2.0}
+    """
+    noted = {name: math.fsum(v) / len(v) for name, v in result.get("metrics", {}).items() if v}
+    found, baselines = {}, {}
+    for claim, entry in result.get("claims", {}).items():
+        measured = entry.get("measured") or {}
+        values = measured.get("per_seed") or []
+        if len(values) == 1:
+            found[claim] = values[0]
+        elif values and measured.get("estimate") is not None:
+            found[claim] = measured["estimate"]
+        if baseline := measured.get("baseline_per_seed"):
+            baselines[f"{claim} baseline"] = math.fsum(baseline) / len(baseline)
+    return {name: float(value) for name, value in (noted | found | baselines).items() if value is not None}
+
+
+def _column(values: Sequence[object]) -> list:
+    """Return one parameter's values as a column of one type: all numbers stay, all else becomes text."""
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        return list(values)
+    return [str(v) for v in values]
+
+
+def _label(parameters: Mapping) -> str:
+    """Return parameters as ``eps=1, lr=0.1``."""
+    told = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in parameters.items())
+    return ", ".join(told) or "defaults"
+
+
+def _intervals(tidy: pd.DataFrame, parameters: Sequence[str]) -> pd.DataFrame:
+    """Return mean and 95 % Student interval over seeds for each grid cell and metric, in the order of the sweep."""
+    rows = []
+    for names, group in tidy.groupby([*parameters, "metric"], sort=False, dropna=False):
+        values = group["value"].to_numpy()
+        mean, lo, hi = values.mean(), math.nan, math.nan
+        if len(values) > 1:
+            found = stats.paired_t_interval(values)
+            mean, lo, hi = found.estimate, found.lo, found.hi
+        rows.append([*names, len(values), mean, lo, hi])
+    return pd.DataFrame(rows, columns=[*parameters, "metric", "n", "mean", "lo", "hi"])
+
+
+def tabulate(system: str, records: Sequence[Mapping], store: Store) -> SweepTable:
+    """Return the table of all cells and write its files.
+
+    Args:
+        system: the chapter.
+        records: one a cell, as :func:`sweep` stores them.
+        store: where the files go.
+    """
+    parameters = list(records[0]["parameters"])
+    columns = {name: _column([record["parameters"][name] for record in records]) for name in parameters}
+    rows = [
+        [system, *(columns[name][k] for name in parameters), record["seed"], metric, value]
+        for k, record in enumerate(records)
+        if record["status"] == "ok"
+        for metric, value in values_of(record["result"]).items()
+    ]
+    tidy = pd.DataFrame(rows, columns=["system", *parameters, "seed", "metric", "value"])
+    failures = [dict(record) for record in records if record["status"] != "ok"]
+    table = SweepTable(system, parameters, tidy, _intervals(tidy, parameters), failures, store.out)
+    store.write("sweep.csv", tidy.to_csv(index=False).encode())
+    store.write("intervals.csv", table.intervals.to_csv(index=False).encode())
+    try:
+        tidy.to_parquet(buffer := io.BytesIO(), index=False)
+        store.write("sweep.parquet", buffer.getvalue())
+    except ImportError:
+        table.notes.append("sweep.parquet was not written: it needs pyarrow (pip install 'effnb[ray]')")
+    if len(table.intervals):
+        for kind, raw in figure(table).items():
+            store.write(f"sweep.{kind}", raw)
+    return table
+
+
+def figure(table: SweepTable) -> dict[str, bytes]:
+    """Return the figure as ``{"svg": ..., "png": ...}``: a panel a metric, the grid's first parameter on x.
+
+    Combinations of the further parameters are lines; bars are the 95 % intervals, dots the seeds.
+    """
+    metrics = list(dict.fromkeys(table.intervals["metric"]))
+    if len(metrics) > PANELS:
+        table.notes.append(f"the figure shows {PANELS} of {len(metrics)} metrics; all are in sweep.csv")
+    metrics = metrics[:PANELS]
+    # For those who can't see it; no date, so that the same figures give the same bytes.
+    described = f"{table.system}: {', '.join(metrics)} over {', '.join(table.parameters) or 'seeds'}"
+    metadata = {"svg": {"Date": None, "Description": described}, "png": {"Description": described}}
+    found: dict[str, bytes] = {}
+    with mpl.rc_context():
+        plot.style()
+        columns = min(2, len(metrics))
+        rows = math.ceil(len(metrics) / columns)
+        canvas = Figure(figsize=(5.0 if columns == 1 else 7.2, 3.1 * rows))
+        for k, metric in enumerate(metrics):
+            panel(canvas.add_subplot(rows, columns, k + 1), table, metric)
+        for kind, about in metadata.items():
+            canvas.savefig(buffer := io.BytesIO(), format=kind, metadata=about, dpi=150)
+            found[kind] = buffer.getvalue()
+    return found
+
+
+def panel(axes: Axes, table: SweepTable, metric: str) -> None:
+    """Draw one metric into one set of axes."""
+    means = table.intervals[table.intervals["metric"] == metric]
+    seeds = table.tidy[table.tidy["metric"] == metric]
+    first, rest = (table.parameters[0], table.parameters[1:]) if table.parameters else (None, [])
+    places: dict[Any, float] = {}
+    numeric = bool(first) and pd.api.types.is_numeric_dtype(means[first])
+    if first:
+        places = {v: v if numeric else float(k) for k, v in enumerate(dict.fromkeys(means[first]))}
+    groups = means.groupby(rest, sort=False, dropna=False) if rest else [((), means)]
+    for names, group in groups:
+        chosen = seeds[(seeds[rest] == pd.Series(names, index=rest)).all(axis=1)] if rest else seeds
+        x = [places[v] for v in group[first]] if first else [0.0]
+        error = [(group["mean"] - group["lo"]).fillna(0), (group["hi"] - group["mean"]).fillna(0)]
+        line = axes.errorbar(x, group["mean"], error, marker="o", capsize=3, elinewidth=0.8, lw=1.4 if first else 0)
+        dots = [places[v] for v in chosen[first]] if first else [0.0] * len(chosen)
+        axes.plot(dots, chosen["value"], ".", color=line[0].get_color(), mec="white", mew=0.4)
+        if rest:
+            line.set_label(_label(dict(zip(rest, names, strict=True))))
+    axes.set(title=metric, xlabel=first or "")
+    if numeric and min(places) > 0 and max(places) >= 50 * min(places):
+        axes.set_xscale("log")
+    elif not numeric:
+        axes.set_xticks(list(places.values()), list(map(str, places)))
+    if rest:
+        axes.legend(fontsize=7)
