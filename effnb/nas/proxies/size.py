@@ -66,6 +66,7 @@ def l2_norm(model: nn.Module, batch: Any = None, *, loss_fn: Loss = F.cross_entr
     5.0
     """
     check_model(model)
+    # One call for all layers: on small networks the overhead of a call is the cost.
     return total(list(torch._foreach_norm([weight.detach() for weight in weights(model).values()])))
 
 
@@ -134,6 +135,7 @@ def nn_mass(
     known = [module for module in model.modules() if isinstance(module, Cell)]
     found = [SkipCell(*cell) for cell in cells or ()]
     if cells is None and known:
+        # Edges that pass over a node; 1>2 and 2>3 follow 0>1 in the chain of the cell.
         skips = [pair for pair in EDGES if pair[1] - pair[0] > 1]
 
         def note(cell: Cell, args: tuple[Tensor, ...], out: Tensor) -> None:
