@@ -21,7 +21,7 @@ from effnb.lab.measure.timing import paired_ratio
 from effnb.models.small import SmallCNN
 from effnb.nas import nanobench, nb201, score_all
 from effnb.nas.proxies import grasp, knas
-from effnb.nas.proxies.codes import CodeKernel
+from effnb.nas.proxies.activations import CodeKernel
 from effnb.nas.proxies.kernel import tangent_kernel
 
 LAYERS = (nn.Conv2d, nn.Linear)

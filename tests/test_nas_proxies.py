@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from effnb.nas import nb201
 from effnb.nas import proxies as P
-from effnb.nas.proxies.codes import CodeKernel, code_kernel, log_determinant
-from effnb.nas.proxies.kernel import Largest, per_sample, tangent_kernel
+from effnb.nas.proxies.activations import CodeKernel, code_kernel, log_determinant
+from effnb.nas.proxies.kernel import per_sample, run_measured, tangent_kernel
 
 PAIR = batch()
 
@@ -157,12 +157,10 @@ def test_an_operation_that_cannot_be_batched_is_looped_over():
 
 def test_large_activations_are_not_batched():
     model = nn.Conv2d(1, 1, 1)
-    with Largest(model) as largest:
-        model(torch.zeros(8, 1, 16, 16))
-    assert largest.chunk() == 2**18 // 2048
-    with Largest(model) as largest:
-        model(torch.zeros(8, 1, 256, 256))
-    assert largest.chunk() == 1 and not model._forward_hooks
+    for size, expected in ((16, 2**18 // 2048), (256, 1)):
+        x = torch.zeros(8, 1, size, size)
+        output, chunk = run_measured(model, model, x)
+        assert chunk == expected and torch.equal(output, model(x)) and not model._forward_hooks
 
 
 # ---- counts ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from effnb.lab.run.fanout import fan_out
 from effnb.models.small import mlp
 from effnb.nas import nanobench, score_all
-from effnb.nas.proxies.journal import fingerprint
+from effnb.nas.proxies.scoring import fingerprint
 
 no_other_ray, ray_cluster = test_sweep.no_other_ray, test_sweep.ray_cluster  # fixtures
 BATCHES = [batch(4, 14, seed) for seed in (0, 1)]
@@ -199,7 +199,7 @@ def test_fingerprints_are_of_contents():
 
 def test_fingerprints_are_the_same_in_another_process():
     code = (
-        "import torch; from effnb.nas.proxies.journal import fingerprint as f; "
+        "import torch; from effnb.nas.proxies.scoring import fingerprint as f; "
         "print(f([torch.arange(4), {'x', 'y', 'z'}, {'k': (1, None)}, lambda t, k=2: {t in {'p', 'q'}}]))"
     )
     runs = [

@@ -117,8 +117,8 @@ def test_minus_infinity_is_a_score_and_nan_is_not():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps and population"),
-        ({"population": 0}, "steps and population"),
+        ({"steps": 0}, "steps must be"),
+        ({"population": 0}, "population must be"),
         ({"drop": "best"}, "drop must be"),
         ({"budget_fn": lambda arch: False}, "budget_fn must allow"),
         ({"budget_fn": lambda arch: arch > 0, "start": -1}, "start must be within"),
@@ -276,9 +276,11 @@ def test_spearman_brown_on_simulated_runs():
     assert spearman_brown(single, 3) == pytest.approx(means, abs=0.01)
 
 
-@pytest.mark.parametrize("arguments", [(-1, 2), (1.1, 2), (0.5, 0)])
-def test_bad_spearman_brown(arguments):
-    with pytest.raises(ValueError, match="reliability must be"):
+@pytest.mark.parametrize(
+    ("arguments", "name"), [((-1, 2), "reliability"), ((1.1, 2), "reliability"), ((0.5, 0), "count")]
+)
+def test_bad_spearman_brown(arguments, name):
+    with pytest.raises(ValueError, match=f"{name} must be"):
         spearman_brown(*arguments)
 
 

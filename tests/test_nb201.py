@@ -178,6 +178,15 @@ def test_a_generator_fixes_the_weights(build):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("build", [build_cell_net, nanobench.build_net])
+def test_with_a_generator_the_global_stream_is_left_alone(build):
+    before = torch.get_rng_state()
+    build("333333", generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    build("333333")
+    assert not torch.equal(torch.get_rng_state(), before), "without one, weights are torch's own draws"
+
+
 def test_a_disconnected_cell_cannot_see_its_input():
     net = nanobench.build_net("100001").eval()
     x = torch.randn(4, 1, 14, 14)
@@ -230,13 +239,13 @@ def test_the_sample_is_fixed_and_of_distinct_classes():
     assert len({iso_class(cell) for cell in cells}) == len(cells) == 400
     assert nanobench.sample_cells() == cells and nanobench.sample_cells(seed=1) != cells
     for count in (0, 6467):
-        with pytest.raises(ValueError, match="count must be"):
+        with pytest.raises(ValueError, match="count must be from 1 to 6466"):
             nanobench.sample_cells(count)
 
 
 @pytest.mark.parametrize(("widths", "depth"), [((0, 4), 1), ((4, 4), 0), ((4, 4, 4), 1)])
 def test_bad_nano_networks(widths, depth):
-    with pytest.raises(ValueError, match="widths must be"):
+    with pytest.raises(ValueError, match="depth must be >= 1, got 0" if depth == 0 else "widths must be"):
         nanobench.build_net("333333", widths, depth)
 
 
@@ -250,10 +259,20 @@ def test_training_lowers_the_loss_and_is_repeatable():
     assert runs[0] == runs[1] and len(runs[0]) == 4 and runs[0][-1] < runs[0][0]
 
 
+def test_training_puts_modes_and_streams_back():
+    net, x = nanobench.build_net("130432").eval(), torch.zeros(8, 1, 14, 14)
+    net[1].train()
+    modes, drawn = [module.training for module in net.modules()], torch.get_rng_state()
+    nanobench.train_net(net, x, torch.zeros(8, dtype=torch.long), 0, epochs=1, batch_size=4)
+    with pytest.raises(RuntimeError):
+        nanobench.train_net(net, x.squeeze(1), torch.zeros(8, dtype=torch.long), 0, epochs=1, batch_size=4)
+    assert [module.training for module in net.modules()] == modes and torch.equal(torch.get_rng_state(), drawn)
+
+
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 1}, {"lr": 0.0}, {"batch_size": 9}])
 def test_bad_training(options):
     x, y = torch.zeros(8, 1, 14, 14), torch.zeros(8, dtype=torch.long)
-    with pytest.raises(ValueError, match="needs epochs"):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         nanobench.train_net(nanobench.build_net("333333"), x, y, 0, **options)
 
 

@@ -168,12 +168,16 @@ BAD = {
     "no batch": (small_net, [], "batches must hold at least 2"),
     "empty batch": (small_net, [*one, (torch.zeros(0, 1, 9, 9), torch.zeros(0, dtype=torch.long))], "at least one"),
     "fewer targets": (small_net, [*one, (one[0][0], one[0][1][:2])], "as many targets"),
-    "class too large": (small_net, [*one, (one[0][0], one[0][1] + 5)], r"targets must be classes in 0\.\.4"),
-    "class negative": (small_net, [*one, (one[0][0], one[0][1] - 5)], "targets must be classes"),
-    "loss nan": (small_net, [*one, (one[0][0] * float("nan"), one[0][1])], "loss must be finite"),
-    "loss inf": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(81, 5)).apply(blown), one * 2, "loss must be finite"),
+    "class too large": (small_net, [*one, (one[0][0], one[0][1] + 5)], r"labels must be in 0\.\.4"),
+    "class negative": (small_net, [*one, (one[0][0], one[0][1] - 5)], "labels must be in"),
+    "loss nan": (small_net, [*one, (one[0][0] * float("nan"), one[0][1])], "loss_fn must return one finite number"),
+    "loss inf": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(81, 5)).apply(blown),
+        one * 2,
+        "loss_fn must return one finite number",
+    ),
     "no layer": (lambda: nn.BatchNorm2d(1), one * 2, "model must have a layer of Conv2d, Linear"),
-    "frozen": (lambda: small_net().requires_grad_(False), one * 2, "only frozen"),
+    "frozen": (lambda: small_net().requires_grad_(False), one * 2, "it has none but frozen ones"),
 }
 
 
@@ -243,9 +247,9 @@ def test_no_layer_that_receives_a_gradient():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variant": "best"}, "variant must be one of code, paper, mean, std, floor"),
-        ({"reduction": "max"}, "reduction must be one of sum, mean"),
-        ({"init": "xavier", "seed": 0}, "init must be 'kaiming' or None"),
+        ({"variant": "best"}, "variant must be one of 'code', 'paper', 'mean', 'std', 'floor'"),
+        ({"reduction": "max"}, "reduction must be one of 'sum', 'mean'"),
+        ({"init": "xavier", "seed": 0}, "init must be one of None, 'kaiming'"),
         ({"init": "kaiming"}, "needs a seed or a generator"),
         ({"init": "kaiming", "seed": 0, "generator": torch.Generator()}, "exclude each other"),
     ],

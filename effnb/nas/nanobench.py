@@ -7,9 +7,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from effnb.models.small import initialize
-
-from .nb201 import all_cells, cell_network, check_edges, iso_class, relu_conv_bn
+from effnb.common import check_count, check_number, mode_restored
+from effnb.nas.nb201 import all_cells, cell_network, check_edges, iso_class, relu_conv_bn
 
 MEAN, STD = 0.2860, 0.3530
 
@@ -25,8 +24,6 @@ def images(x: Tensor) -> Tensor:
 
     Raises:
         ValueError: for another shape.
-
-    Reference: dong2020nasbench201.
 
     >>> images(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 1, 14, 14])
@@ -49,16 +46,14 @@ def sample_cells(count: int = 400, seed: int = 20240601) -> list[str]:
     Raises:
         ValueError: if ``count`` is out of range.
 
-    Reference: dong2020nasbench201.
-
     >>> len({iso_class(cell) for cell in sample_cells(10)})
     10
     """
     first: dict[str, str] = {}
+    # One of each class: cells of equal function would count one network several times.
     for cell in all_cells():
         first.setdefault(iso_class(cell), cell)
-    if not 1 <= count <= len(first):
-        raise ValueError(f"count must be in 1..{len(first)}, got {count}")
+    check_count("count", count, 1, len(first))
     chosen = np.random.default_rng(seed).choice(len(first), count, replace=False)
     cells = list(first.values())
     return [cells[i] for i in chosen]
@@ -73,7 +68,7 @@ def build_net(
         edges: six digits 0..4.
         widths: channels of the two stages, >= 1; (8, 16) in the main table.
         depth: cells a stage, >= 1.
-        generator: stream for Kaiming-normal weights; ``None`` keeps torch's default initialisation.
+        generator: stream for Kaiming-normal weights; ``None`` keeps torch's default initialisation, drawn globally.
 
     Returns:
         A module from ``(batch, 1, 14, 14)`` to ``(batch, 10)``.
@@ -81,21 +76,21 @@ def build_net(
     Raises:
         ValueError: if ``edges`` is not six digits 0..4, or a width or the depth is below 1.
 
-    Reference: dong2020nasbench201.
-
     >>> build_net("333333")(torch.zeros(2, 1, 14, 14)).shape
     torch.Size([2, 10])
     """
     check_edges(edges)
-    if len(widths) != 2 or min(widths) < 1 or depth < 1:
-        raise ValueError(f"widths must be two numbers >= 1 and depth >= 1, got {widths} and {depth}")
-    return initialize(cell_network(edges, widths, depth, partial(relu_conv_bn, kernel=3, stride=2), 1, 10), generator)
+    if len(widths) != 2:
+        raise ValueError(f"widths must be two numbers, got {widths}")
+    for name, size in (("widths", widths[0]), ("widths", widths[1]), ("depth", depth)):
+        check_count(name, size)
+    return cell_network(edges, widths, depth, partial(relu_conv_bn, kernel=3, stride=2), 1, 10, generator)
 
 
 def train_net(
     net: nn.Module, x: Tensor, y: Tensor, seed: int, epochs: int = 3, batch_size: int = 128, lr: float = 0.1
 ) -> list[float]:
-    """Train in place by nano-bench's recipe; return the mean loss of each epoch.
+    """Train in place by nano-bench's recipe, its mode put back; return the mean loss of each epoch.
 
     SGD with Nesterov momentum 0.9 and weight decay 5e-4, one cycle of the learning rate (20 % warm-up) up to ``lr``.
 
@@ -114,30 +109,28 @@ def train_net(
     Raises:
         ValueError: if there is less than one batch, or a setting is out of range.
 
-    Reference: dong2020nasbench201.
-
     >>> x, y = torch.randn(8, 1, 14, 14), torch.arange(8)
     >>> len(train_net(build_net("100000"), x, y, seed=0, epochs=2, batch_size=4))
     2
     """
-    if epochs < 1 or batch_size < 2 or lr <= 0 or len(x) < batch_size:
-        raise ValueError(
-            f"needs epochs >= 1, 2 <= batch_size <= samples and lr > 0, got {epochs}, {batch_size} of {len(x)}, {lr}"
-        )
+    check_count("epochs", epochs)
+    check_number("lr", lr, gt=0)
+    check_count("batch_size", batch_size, 2, len(x))
     order = Generator().manual_seed(seed)
+    # Equal batches only: the schedule counts steps, and batch norm needs more than a sample.
     steps = len(x) // batch_size
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps, pct_start=0.2)
     losses = []
-    net.train()
-    for _ in range(epochs):
-        total = 0.0
-        for batch in torch.randperm(len(x), generator=order)[: steps * batch_size].split(batch_size):
-            loss = F.cross_entropy(net(x[batch]), y[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item()
-        losses.append(total / steps)
+    with mode_restored(net, train=True):
+        for _ in range(epochs):
+            total = 0.0
+            for batch in torch.randperm(len(x), generator=order)[: steps * batch_size].split(batch_size):
+                loss = F.cross_entropy(net(x[batch]), y[batch])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.item()
+            losses.append(total / steps)
     return losses

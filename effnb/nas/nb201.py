@@ -4,12 +4,14 @@ A cell has four nodes; each edge ``i > j`` carries one operation, and a node is 
 six digits, one an edge in the order of `EDGES`, each an index into `OPERATIONS`.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
 import torch
 from torch import Generator, Tensor, nn
 
+from effnb.common import check_count
 from effnb.models.small import initialize
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
@@ -27,8 +29,6 @@ def check_edges(edges: str) -> str:
 
 def all_cells() -> Iterator[str]:
     """Yield the 15,625 cells in lexicographic order of their digits.
-
-    Reference: dong2020nasbench201.
 
     >>> sum(1 for _ in all_cells())
     15625
@@ -96,11 +96,10 @@ def is_connected(edges: str) -> bool:
     Raises:
         ValueError: if ``edges`` is not six digits 0..4.
 
-    Reference: dong2020nasbench201.
-
     >>> is_connected("100001"), is_connected("001011"), sum(not is_connected(cell) for cell in all_cells())
     (False, False, 341)
     """
+    # Edges are in the order of their targets, so that it is known of a source whether it is reached.
     reached = {0}
     for digit, (source, target) in zip(check_edges(edges), EDGES, strict=True):
         if digit != "0" and source in reached:
@@ -181,6 +180,7 @@ class Cell(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         nodes: list[Tensor | None] = [x, None, None, None]
         for op, (source, target) in zip(self.operations, self.ends, strict=True):
+            # A node that no edge enters is zero; what leaves it is computed all the same.
             value = op(torch.zeros_like(x) if nodes[source] is None else nodes[source])
             nodes[target] = value if nodes[target] is None else nodes[target] + value
         return torch.zeros_like(x) if nodes[3] is None else nodes[3]
@@ -199,15 +199,24 @@ class Reduction(nn.Module):
 
 
 def cell_network(
-    edges: str, widths: Sequence[int], depth: int, reduction: Callable[[int, int], nn.Module], inputs: int, outputs: int
+    edges: str,
+    widths: Sequence[int],
+    depth: int,
+    reduction: Callable[[int, int], nn.Module],
+    inputs: int,
+    outputs: int,
+    generator: Generator | None,
 ) -> nn.Sequential:
     """Return stem, one stage of ``depth`` cells a width with ``reduction(fan_in, fan_out)`` between them, and head."""
-    layers: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0])]
-    for i, width in enumerate(widths):
-        layers += [reduction(widths[i - 1], width)] if i else []
-        layers += [Cell(edges, width) for _ in range(depth)]
-    head = [nn.BatchNorm2d(widths[-1]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, *head, nn.Linear(widths[-1], outputs))
+    # Every layer draws weights from the global stream when it is made; with a generator that must leave no trace.
+    with contextlib.nullcontext() if generator is None else torch.random.fork_rng(devices=[]):
+        layers: list[nn.Module] = [nn.Conv2d(inputs, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0])]
+        for i, width in enumerate(widths):
+            layers += [reduction(widths[i - 1], width)] if i else []
+            layers += [Cell(edges, width) for _ in range(depth)]
+        head = [nn.BatchNorm2d(widths[-1]), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        network = nn.Sequential(*layers, *head, nn.Linear(widths[-1], outputs))
+    return initialize(network, generator)
 
 
 def build_cell_net(
@@ -226,7 +235,7 @@ def build_cell_net(
         cells: cells a stage, >= 1.
         num_classes: outputs, >= 1.
         in_channels: channels of the images, >= 1.
-        generator: stream for Kaiming-normal weights; ``None`` keeps torch's default initialisation.
+        generator: stream for Kaiming-normal weights; ``None`` keeps torch's default initialisation, drawn globally.
 
     Returns:
         A module from ``(batch, in_channels, h, w)`` to ``(batch, num_classes)``; ``h`` and ``w`` multiples of 4.
@@ -242,7 +251,6 @@ def build_cell_net(
     check_edges(edges)
     sizes = {"channels": channels, "cells": cells, "num_classes": num_classes, "in_channels": in_channels}
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be >= 1, got {size}")
+        check_count(name, size)
     widths = [channels, 2 * channels, 4 * channels]
-    return initialize(cell_network(edges, widths, cells, Reduction, in_channels, num_classes), generator)
+    return cell_network(edges, widths, cells, Reduction, in_channels, num_classes, generator)

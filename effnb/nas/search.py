@@ -7,7 +7,10 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from .nb201 import EDGES, OPERATIONS, check_edges
+from effnb.common import check_choice, check_count
+from effnb.nas.nb201 import EDGES, OPERATIONS, check_edges
+
+__all__ = ["CellSpace", "SearchResult", "evolve", "random_search"]
 
 Arch = TypeVar("Arch", bound=Hashable)
 ATTEMPTS = 10_000
@@ -40,6 +43,7 @@ class CellSpace:
 
     def mutate(self, arch: str, rng: np.random.Generator) -> str:
         """Return the cell with another operation on one edge."""
+        # A step of at least one round the operations: the result is never the cell itself.
         edge, step = rng.integers(len(EDGES)), rng.integers(1, len(OPERATIONS))
         digit = (int(check_edges(arch)[edge]) + step) % len(OPERATIONS)
         return f"{arch[:edge]}{digit}{arch[edge + 1 :]}"
@@ -51,8 +55,6 @@ class SearchResult:
 
     ``history`` holds ``(architecture, score)`` of each step that was within the budget, the start first, and
     ``evaluations`` counts calls of the score; ``population`` is what was left of it, the best first.
-
-    Reference: li2023zico.
     """
 
     best: Hashable
@@ -99,10 +101,9 @@ def evolve(
     >>> evolve(CellSpace(), lambda cell: cell.count("3"), steps=300, population=16, seed=0).best
     '333333'
     """
-    if steps < 1 or population < 1:
-        raise ValueError(f"steps and population must be >= 1, got {steps} and {population}")
-    if drop not in ("lowest", "oldest"):
-        raise ValueError(f"drop must be 'lowest' or 'oldest', got {drop!r}")
+    check_count("steps", steps)
+    check_count("population", population)
+    check_choice("drop", drop, ("lowest", "oldest"))
     rng, scored = np.random.default_rng(seed), Scored(score_fn)
     start = feasible(space, budget_fn, rng) if start is None else start
     if budget_fn and not budget_fn(start):
@@ -112,7 +113,7 @@ def evolve(
     for _ in range(steps):
         arch = space.mutate(members[rng.integers(len(members))][0], rng)
         if budget_fn and not budget_fn(arch):
-            continue
+            continue  # a step all the same, as in the paper
         members.append((arch, scored(arch)))
         history.append(members[-1])
         if len(members) > population:
@@ -147,13 +148,10 @@ def random_search(
     Raises:
         ValueError: ``steps < 1``, no architecture within the budget, or a score that is NaN.
 
-    Reference: li2023zico.
-
     >>> random_search(CellSpace(), lambda cell: cell.count("3"), steps=100, seed=0).score
     4
     """
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}")
+    check_count("steps", steps)
     rng, scored = np.random.default_rng(seed), Scored(score_fn)
     history = [(arch, scored(arch)) for arch in (feasible(space, budget_fn, rng) for _ in range(steps))]
     best, score = max(history, key=lambda entry: entry[1])

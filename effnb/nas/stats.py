@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy.stats import kendalltau
 
-METHODS = ("spearman", "kendall")
+from effnb.common import check_choice, check_count, check_number
+
+__all__ = ["Correlation", "rank_correlation", "rank_table", "spearman_brown"]
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,6 @@ class Correlation:
 
     ``lo`` and ``hi`` are NaN without a bootstrap; ``count`` is the number of architectures that were used, ``dropped``
     those left out for a missing value; ``resamples`` holds the bootstrap values.
-
-    Reference: efron1993bootstrap.
 
     >>> print(Correlation(0.8, 0.75, 0.85, 200))
     0.800 [0.750, 0.850]
@@ -77,10 +77,9 @@ def rank_correlation(
     >>> rank_correlation([1, 2, 3, 4], [10, 20, 40, 30], method="kendall").estimate
     0.666...
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if bootstrap < 0 or not 0 < level < 1:
-        raise ValueError(f"bootstrap must be >= 0 and level in (0, 1), got {bootstrap} and {level}")
+    check_choice("method", method, ("spearman", "kendall"))
+    check_count("bootstrap", bootstrap, 0)
+    check_number("level", level, gt=0, lt=1)
     columns, dropped = clean([scores, accuracy] if paired_with is None else [scores, accuracy, paired_with], nan)
     statistic = spearman if method == "spearman" else kendall
     estimate = float(contrast(statistic, columns, np.arange(columns.shape[1])[None])[0])
@@ -89,18 +88,19 @@ def rank_correlation(
     index = np.random.default_rng(seed).integers(columns.shape[1], size=(bootstrap, columns.shape[1]))
     resamples = contrast(statistic, columns, index)
     tail = (1 - level) / 2
+    # A resample may tie in all values; NaN for every one of them would only warn.
     lo, hi = np.nanquantile(resamples, [tail, 1 - tail]) if np.isfinite(resamples).any() else (np.nan, np.nan)
     return Correlation(estimate, float(lo), float(hi), columns.shape[1], dropped, resamples)
 
 
 def clean(columns: list[ArrayLike], nan: str) -> tuple[np.ndarray, int]:
     """Return ``(columns, n)`` without missing values, and how many architectures were left out."""
-    if nan not in ("raise", "drop"):
-        raise ValueError(f"nan must be 'raise' or 'drop', got {nan!r}")
+    check_choice("nan", nan, ("raise", "drop"))
     arrays = [np.asarray(column, dtype=np.float64) for column in columns]
     if any(a.ndim != 1 or len(a) != len(arrays[0]) for a in arrays):
         raise ValueError(f"scores, accuracy and paired_with must be of one length, got {[a.shape for a in arrays]}")
     table = np.stack(arrays)
+    # NaN compares false with everything: a sort would give it some rank without a word.
     missing = np.isnan(table).any(0)
     if missing.any() and nan == "raise":
         raise ValueError(f"scores and accuracy must not be NaN, got {missing.sum()} of {len(missing)}; see nan='drop'")
@@ -111,6 +111,7 @@ def clean(columns: list[ArrayLike], nan: str) -> tuple[np.ndarray, int]:
 
 def contrast(statistic, columns: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Correlation of scores and accuracy on each row of ``index``, minus that of the rival if there is one."""
+    # The same resamples for both: their common noise cancels in the difference.
     scores, accuracy, *rival = columns
     value = statistic(scores, accuracy, index)
     return value - statistic(rival[0], accuracy, index) if rival else value
@@ -146,7 +147,7 @@ def kendall(x: np.ndarray, y: np.ndarray, index: np.ndarray) -> np.ndarray:
     """
     n = len(x)
     if len(index) == 1 or n > 4096:
-        return np.array([stats.kendalltau(x[row], y[row]).statistic for row in index])
+        return np.array([kendalltau(x[row], y[row]).statistic for row in index])
     counts = np.stack([np.bincount(row, minlength=n) for row in index]).astype(np.float64)
     signs = [np.sign(dense[:, None] - dense).astype(np.float64) for dense in map(dense_ranks, (x, y))]
     forms = [((counts @ form) * counts).sum(1) for form in (signs[0] * signs[1], signs[0] ** 2, signs[1] ** 2)]
@@ -183,8 +184,8 @@ def spearman_brown(reliability: float, count: float) -> float:
     >>> spearman_brown(0.5, 3)
     0.75
     """
-    if not -1 < reliability <= 1 or count <= 0:
-        raise ValueError(f"reliability must be in (-1, 1] and count > 0, got {reliability} and {count}")
+    check_number("reliability", reliability, gt=-1, le=1)
+    check_number("count", count, gt=0)
     return count * reliability / (1 + (count - 1) * reliability)
 
 
@@ -208,8 +209,6 @@ def rank_table(
 
     Raises:
         ValueError: as `rank_correlation`.
-
-    Reference: efron1993bootstrap.
 
     >>> rows = rank_table({"a": [1, 2, 3], "b": [3, 2, 1]}, {"y": [1, 2, 3]}, rivals=[("a", "b")])
     >>> [(row["scores"], row["rival"], round(row["estimate"], 6)) for row in rows]

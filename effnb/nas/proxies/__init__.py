@@ -4,17 +4,15 @@ Every proxy is ``proxy(model, batch, *, loss_fn=..., seed=...) -> float``, leave
 they were, and is better when higher unless `available_proxies` says otherwise.
 """
 
-from ..zico import zico, zico_floor
-from .codes import linear_regions, naswot
-from .gradient import GradientPass, fisher, grad_norm, plain, snip
-from .kernel import grad_sign, knas, ntk_condition
-from .registry import Proxy, available_proxies
-from .saliency import grasp, jacob_cov, synflow
-from .scoring import score_all
-from .size import SkipCell, count_macs, count_params, l2_norm, nn_mass
-from .voting import rank_average, vote
-from .zen import zen_score
+from effnb.nas.proxies.activations import linear_regions, naswot, zen_score
+from effnb.nas.proxies.gradient import GradientPass, fisher, grad_norm, grasp, jacob_cov, plain, snip, synflow
+from effnb.nas.proxies.kernel import grad_sign, knas, ntk_condition
+from effnb.nas.proxies.scoring import Proxy, available_proxies, rank_average, score_all, vote
+from effnb.nas.proxies.size import SkipCell, count_macs, count_params, l2_norm, nn_mass
+from effnb.nas.zico.score import zico as zico
+from effnb.nas.zico.score import zico_floor as zico_floor
 
+# Without `zico` and `zico_floor`, which `effnb.nas.zico` lists.
 __all__ = [
     "GradientPass",
     "Proxy",
@@ -40,6 +38,4 @@ __all__ = [
     "synflow",
     "vote",
     "zen_score",
-    "zico",
-    "zico_floor",
 ]

@@ -1,15 +1,87 @@
-"""One backward pass, and the proxies that are read off it: gradient norm, SNIP, plain and Fisher."""
+"""Proxies that read gradients: norm, SNIP, plain and Fisher off one backward pass; GraSP, SynFlow, jacob_cov."""
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
-from .channels import FisherWatch
-from .codes import CodeKernel, ReluWatch, log_determinant
-from .common import Loss, check_model, gradients, mean_loss, pure, read_batch, total, weights
+from effnb.common import check_choice
+from effnb.nas.proxies.activations import CodeKernel, ReluWatch, log_determinant, watched
+from effnb.nas.zico.passes import (
+    Loss,
+    check_model,
+    counted_weights,
+    find_layers,
+    mean_loss,
+    pure,
+    read_batch,
+    read_images,
+)
+
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+OFFSET = 1e-5  # added to eigenvalues by the official code
+
+
+def weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable weights of convolution and linear layers by the layer's name, a tied weight once."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, weight in counted_weights(model).items():
+        found.setdefault(id(weight), (name, weight))
+    return dict(found.values())
+
+
+def gradients(output: Tensor | list[Tensor], inputs: list[Tensor], zeros: bool = True, **options: Any) -> list:
+    """Return gradients; zeros, or else None, for inputs that ``output`` does not depend on."""
+    outputs = [output] if isinstance(output, Tensor) else output
+    if any(tensor.requires_grad for tensor in outputs):
+        return list(torch.autograd.grad(outputs, inputs, allow_unused=True, materialize_grads=zeros, **options))
+    return [torch.zeros_like(tensor) if zeros else None for tensor in inputs]
+
+
+def total(values: list[Tensor]) -> float:
+    """Return the sum of scalars, added in double precision."""
+    return float(torch.stack([value.double() for value in values]).sum())
+
+
+class FisherWatch:
+    """Collects ``F_c = mean_n g_nc^2 / 2`` of every convolution and linear output during a backward pass.
+
+    ``overwritten`` tells that an output was changed in place (an in-place ReLU, a ``+=``) before its gradient came;
+    the values are wrong then, and the pass must be repeated with ``copy=True``, which costs a copy of each output.
+    """
+
+    def __init__(self, model: nn.Module, copy: bool = False) -> None:
+        self.layers, self.copy, self.overwritten = list(find_layers(model).values()), copy, False
+        self.found: dict[nn.Module, Tensor] = {}
+
+    def see(self, layer: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> None:
+        """Wait for the gradient of the output ``z``."""
+        if not z.requires_grad:
+            return
+        value, version = (z.detach().clone() if self.copy else z.detach()), z._version
+
+        def arrived(grad: Tensor) -> None:
+            # A hook on a tensor sees the gradient of what it was before it was overwritten, but not that value.
+            self.overwritten |= not self.copy and value._version != version
+            product = (value * grad).movedim(-1 if isinstance(layer, nn.Linear) else 1, 1)
+            sums = product.flatten(2).sum(2) if product.ndim > 2 else product
+            fisher = sums.square().mean(0) / 2
+            self.found[layer] = self.found[layer] + fisher if layer in self.found else fisher
+
+        z.register_hook(arrived)
+
+    def score(self, broadcast: bool) -> float:
+        """Return the sum over channels, each times its number of weights if ``broadcast``."""
+        sums = [
+            self.found[layer].sum(dtype=torch.float64) * (layer.weight[0].numel() if broadcast else 1)
+            for layer in self.layers
+            if layer in self.found
+        ]
+        return total(sums) if sums else 0.0
 
 
 class GradientPass:
@@ -31,8 +103,6 @@ class GradientPass:
         ValueError: an empty batch, labels out of range, inputs or a loss that are not finite, no trainable weight.
         TypeError: complex numbers, or a batch of another kind.
 
-    Reference: abdelfattah2021zerocost.
-
     >>> model, batch = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
     >>> step = GradientPass(model, batch)
     >>> step.snip() >= abs(step.plain()), step.snip() == snip(model, batch)
@@ -50,49 +120,48 @@ class GradientPass:
         codes: bool = False,
     ) -> None:
         check_model(model)
-        self.x, self.y = read_batch(batch, 2 if codes else 1)
-        self.model, self.loss_fn, self.seed = model, loss_fn, seed
-        self.weights = weights(model)
+        x, y = read_batch(batch, 2 if codes else 1)
+        self.model, self.weights = model, weights(model)
         self.codes = CodeKernel() if codes else None
-        self.channels = self._run(FisherWatch(model) if fisher else None, self.codes)
-        if fisher and self.channels.overwritten:
-            self.channels = self._run(FisherWatch(model, copy=True), None)
-
-    def _run(self, channels: FisherWatch | None, codes: CodeKernel | None) -> FisherWatch | None:
         nothing = contextlib.nullcontext()
-        with pure(self.model, self.seed) as call, channels or nothing:
-            with ReluWatch(codes.add) if codes else nothing:
-                output = call(self.x)
-            loss = mean_loss(self.loss_fn, output, self.y)
-            found = gradients(loss, list(self.weights.values()), zeros=False)
+        for copy in (False, True):
+            self.channels = FisherWatch(model, copy) if fisher else None
+            seeing = watched(self.channels.layers, self.channels.see) if fisher else nothing
+            with pure(model, seed) as call, seeing:
+                with ReluWatch(self.codes.add) if codes else nothing:
+                    output = call(x)
+                loss = mean_loss(loss_fn, output, y)
+                found = gradients(loss, list(self.weights.values()), zeros=False)
+            if not fisher or not self.channels.overwritten:
+                break
+            codes = False  # they are known
         self.loss = float(loss.detach())
         self.reached = any(grad is not None for grad in found)
         grads = [torch.zeros_like(w) if g is None else g for w, g in zip(self.weights.values(), found, strict=True)]
         self.grads = dict(zip(self.weights, grads, strict=True))
-        return channels
 
     def grad_norm(self) -> float:
-        """Sum of the layers' gradient norms."""
+        """Return the sum of the layers' gradient norms."""
         return total(list(torch._foreach_norm(list(self.grads.values()))))
 
     def snip(self) -> float:
-        """Sum of ``|weight * gradient|``."""
-        return total([product.abs().sum(dtype=torch.float64) for product in self._products()])
+        """Return the sum of ``|weight * gradient|``."""
+        return total([(w.detach() * g).abs().sum(dtype=torch.float64) for w, g in self._pairs()])
 
     def plain(self) -> float:
-        """Sum of ``weight * gradient``."""
-        return total([product.sum(dtype=torch.float64) for product in self._products()])
+        """Return the sum of ``weight * gradient``."""
+        return total([(w.detach() * g).sum(dtype=torch.float64) for w, g in self._pairs()])
 
     def fisher(self, broadcast: bool = True) -> float:
-        """Fisher score of the channels; the pass must have been told to collect it."""
+        """Return the Fisher score of the channels; the pass must have been told to collect it."""
         return self.channels.score(broadcast)
 
     def naswot(self) -> float:
-        """Log-determinant of the code kernel; the pass must have been told to collect it."""
+        """Return the log-determinant of the code kernel; the pass must have been told to collect it."""
         return log_determinant(self.codes.matrix())
 
-    def _products(self) -> list[Tensor]:
-        return [weight.detach() * grad for weight, grad in zip(self.weights.values(), self.grads.values(), strict=True)]
+    def _pairs(self) -> zip:
+        return zip(self.weights.values(), self.grads.values(), strict=True)
 
 
 def grad_norm(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
@@ -101,17 +170,7 @@ def grad_norm(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, 
     The sum of the layers' norms, not the norm of all gradients; convolution and linear weights only.
 
     Args:
-        model: network; it stays as it was.
-        batch: ``(x, y)``.
-        loss_fn: mean loss of a batch.
-        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
-
-    Returns:
-        The score.
-
-    Raises:
-        ValueError: see `GradientPass`.
-        TypeError: see `GradientPass`.
+        model, batch, loss_fn, seed: as for `GradientPass`, which also says what raises.
 
     Reference: abdelfattah2021zerocost.
 
@@ -125,20 +184,12 @@ def grad_norm(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, 
 
 
 def snip(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
-    r"""Return SNIP, :math:`\sum |\theta \, \partial L / \partial \theta|`; higher is better.
+    r"""Return SNIP, :math:`\sum |\theta \, \partial L / \partial \theta|` over convolution and linear weights.
+
+    Higher is better.
 
     Args:
-        model: network; it stays as it was.
-        batch: ``(x, y)``.
-        loss_fn: mean loss of a batch.
-        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
-
-    Returns:
-        The score, over convolution and linear weights.
-
-    Raises:
-        ValueError: see `GradientPass`.
-        TypeError: see `GradientPass`.
+        model, batch, loss_fn, seed: as for `GradientPass`, which also says what raises.
 
     Reference: lee2019snip.
 
@@ -152,22 +203,12 @@ def snip(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed:
 
 
 def plain(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
-    r"""Return :math:`\sum \theta \, \partial L / \partial \theta`; higher is better.
+    r"""Return :math:`\sum \theta \, \partial L / \partial \theta`, `snip` without the bars; higher is better.
 
     Weights that a batch norm follows add nothing: the loss does not change with their scale.
 
     Args:
-        model: network; it stays as it was.
-        batch: ``(x, y)``.
-        loss_fn: mean loss of a batch.
-        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
-
-    Returns:
-        The score, over convolution and linear weights.
-
-    Raises:
-        ValueError: see `GradientPass`.
-        TypeError: see `GradientPass`.
+        model, batch, loss_fn, seed: as for `GradientPass`, which also says what raises.
 
     Reference: abdelfattah2021zerocost.
 
@@ -187,21 +228,12 @@ def fisher(
 
     :math:`F_c = \frac12 \operatorname{mean}_n g_{nc}^2` for each channel of the output z of a convolution or linear
     layer, with :math:`g_{nc}` the sum over places of :math:`z \, \partial L / \partial z`. The official code gives
-    :math:`F_c` to every weight of the channel before it sums; so does this by default.
+    :math:`F_c` to every weight of the channel before it sums; so does this by default. A layer that is used several
+    times counts each use.
 
     Args:
-        model: network; it stays as it was.
-        batch: ``(x, y)``.
+        model, batch, loss_fn, seed: as for `GradientPass`, which also says what raises.
         broadcast: multiply each channel by its number of weights, as the official code.
-        loss_fn: mean loss of a batch.
-        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
-
-    Returns:
-        The score; a layer that is used several times counts each use.
-
-    Raises:
-        ValueError: see `GradientPass`.
-        TypeError: see `GradientPass`.
 
     Reference: turner2020blockswap, abdelfattah2021zerocost.
 
@@ -212,3 +244,124 @@ def fisher(
     1.0
     """
     return GradientPass(model, batch, loss_fn=loss_fn, seed=seed, fisher=True).fisher(broadcast)
+
+
+def grasp(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
+    r"""Return GraSP, :math:`\sum -\theta \, (H g)` with the Hessian H and the gradient g of the loss; higher is better.
+
+    g is a constant in the product. The original prunes by the opposite sign; this is the sign of the official code of
+    zero-cost proxies, with its temperature 1, and both derivatives on the same batch.
+
+    Args:
+        model: network, differentiable twice; it stays as it was.
+        batch, loss_fn, seed: as for `GradientPass`, which also says what raises.
+
+    Reference: wang2020grasp, abdelfattah2021zerocost.
+
+    >>> model, batch = nn.Linear(1, 1, bias=False), (torch.ones(1, 1), torch.zeros(1, 1))
+    >>> with torch.no_grad():
+    ...     _ = model.weight.fill_(3.0)
+    >>> grasp(model, batch, loss_fn=nn.functional.mse_loss)  # loss w^2: -w (2 (2 w))
+    -36.0
+    """
+    x, y = read_batch(batch)
+    with pure(model, seed) as call:
+        theta = list(weights(model).values())
+        grads = gradients(mean_loss(loss_fn, call(x), y), theta, create_graph=True)
+        curved = gradients(grads, theta, grad_outputs=[grad.detach() for grad in grads])
+    return -total([(w.detach() * h).sum(dtype=torch.float64) for w, h in zip(theta, curved, strict=True)])
+
+
+def synflow(
+    model: nn.Module, batch: Any, *, bn: str = "identity", loss_fn: Loss = F.cross_entropy, seed: int | None = 0
+) -> float:
+    r"""Return SynFlow, :math:`\sum |\theta \, \partial R / \partial \theta|`; higher is better.
+
+    R is the sum of the outputs for one input of ones, with all parameters and buffers replaced by their absolute
+    values, in double precision; theta are convolution and linear weights, frozen ones too. For a chain without biases
+    the score is the number of layers times R.
+
+    Args:
+        model: network; it stays as it was.
+        batch: ``(x, y)`` or ``x`` alone, of which only the shape is used.
+        bn: ``"identity"`` takes normalisation layers out; ``"keep"`` leaves them in, as the code of the survey does by
+            oversight, which gives a score of another kind.
+        loss_fn: not used.
+        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
+
+    Raises:
+        ValueError: an unknown ``bn``, an empty batch, inputs that are not finite, or no such layer.
+        TypeError: complex numbers, or a batch of another kind.
+
+    Reference: tanaka2020synflow, abdelfattah2021zerocost.
+
+    >>> model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
+    >>> with torch.no_grad():
+    ...     _ = model[0].weight.fill_(-3.0), model[1].weight.fill_(0.5)
+    >>> synflow(model, torch.zeros(1, 2))  # 2 layers, R = 3
+    6.0
+    """
+    check_choice("bn", bn, ("identity", "keep"))
+    parameters, buffers = check_model(model)
+    x = read_images(batch)
+    positive = {}
+    for name, tensor in (parameters | buffers).items():
+        wide = tensor.detach().to(torch.float64 if tensor.is_floating_point() else tensor.dtype)
+        positive[name] = wide.abs()  # memory of its own
+    counted = {id(layer.weight) for layer in find_layers(model).values()}
+    theta = [positive[name].requires_grad_() for name, parameter in parameters.items() if id(parameter) in counted]
+
+    norms = [module for module in model.modules() if isinstance(module, NORMS)] if bn == "identity" else []
+    # An instance may carry a `forward` of its own, as wrapped modules do; it comes back afterwards.
+    hidden = [module.__dict__.get("forward") for module in norms]
+    try:
+        for module in norms:
+            module.forward = lambda x, *args, **kwargs: x
+        with pure(model, seed, positive) as call:
+            grads = gradients(call(torch.ones_like(x[:1], dtype=torch.float64)).sum(), theta)
+    finally:
+        for module, own in zip(norms, hidden, strict=True):
+            module.__dict__.pop("forward", None)
+            if own is not None:
+                module.forward = own
+    return total([(w.detach() * g).abs().sum() for w, g in zip(theta, grads, strict=True)])
+
+
+def jacob_cov(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
+    r"""Return :math:`-\sum_i \log(v_i + k) + 1/(v_i + k)` of the eigenvalues v of a correlation matrix.
+
+    Higher is better. The matrix correlates the samples' rows of the Jacobian of the summed logits by the input; k is
+    1e-5. The maximum :math:`-n (\log(1 + k) + 1 / (1 + k))` is reached by rows without correlation.
+
+    Args:
+        model: network; it stays as it was.
+        batch: ``(x, y)`` or ``x`` alone, two samples or more.
+        loss_fn: not used.
+        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
+
+    Returns:
+        The score; ``-inf``, with a warning, if the Jacobian of a sample is constant.
+
+    Raises:
+        ValueError: fewer than two samples, or inputs that are not finite.
+        TypeError: complex numbers, or a batch of another kind.
+
+    Reference: mellor2021naswot, abdelfattah2021zerocost.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> jacob_cov(model, torch.randn(3, 4)) < -3 * (1 / (1 + 1e-5))
+    True
+    """
+    x = read_images(batch, 2).clone().requires_grad_()
+    with pure(model, seed) as call:
+        (jacobian,) = gradients(call(x).sum(), [x])
+    rows = jacobian.flatten(1).double()
+    centred = rows - rows.mean(1, keepdim=True)
+    norms = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    # A mean is exact up to rounding only, so a constant row may leave a trace of it.
+    if (norms <= 1e-12 * torch.linalg.vector_norm(rows, dim=1, keepdim=True)).any():
+        warnings.warn("jacob_cov: the Jacobian of a sample is constant, the score is -inf", stacklevel=2)
+        return -float("inf")
+    centred /= norms
+    values = torch.linalg.eigvalsh(centred @ centred.T).clamp(min=0) + OFFSET
+    return -float((values.log() + 1 / values).sum())

@@ -1,7 +1,6 @@
 """Proxies on the gradient of every sample: condition of the tangent kernel, GradSign and KNAS."""
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,14 +8,17 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from .common import Loss, check_model, gradients, mean_loss, pure, read_batch, read_images, total, weights
+from effnb.common import check_choice
+from effnb.nas.proxies.activations import watched
+from effnb.nas.proxies.gradient import gradients, total, weights
+from effnb.nas.zico.passes import Call, Loss, check_model, mean_loss, pure, read_batch, read_images
 
 UNDEFINED = 1e5  # what the official code returns for a condition number that is NaN
 CACHE = {"cpu": 2**18, "cuda": 2**26}  # elements of a batched activation that are still worth batching
 LEAST = 4  # below so many samples at a time a loop is as fast
 
 
-def per_sample(output: Tensor, rows: Tensor, parameters: list[Tensor], chunk: int | None = None) -> list[Tensor]:
+def per_sample(output: Tensor, rows: Tensor, parameters: list[Tensor], chunk: int = 1) -> list[Tensor]:
     """Return for each sample i the vector-Jacobian product with ``rows[i]`` at output i and zero at the others.
 
     Samples couple through batch norm in train mode, so each product is a backward pass through the whole batch. They
@@ -26,7 +28,7 @@ def per_sample(output: Tensor, rows: Tensor, parameters: list[Tensor], chunk: in
         output: ``(batch, ...)``, with a graph.
         rows: as ``output``.
         parameters: what to differentiate by.
-        chunk: samples at a time, >= 1; 1 is a loop; default by the size of the activations.
+        chunk: samples at a time, >= 1; 1 is a loop.
 
     Returns:
         One tensor ``(batch, *parameter.shape)`` a parameter.
@@ -38,8 +40,7 @@ def per_sample(output: Tensor, rows: Tensor, parameters: list[Tensor], chunk: in
     def product(cotangent: Tensor) -> tuple[Tensor, ...]:
         return tuple(gradients(output, parameters, grad_outputs=cotangent, retain_graph=True))
 
-    chunk = 1 if chunk is None else min(chunk, len(rows))
-    if chunk > 1:
+    if min(chunk, len(rows)) > 1:
         try:
             with warnings.catch_warnings():
                 # An operation without a batching rule is looped over, and says so.
@@ -50,28 +51,15 @@ def per_sample(output: Tensor, rows: Tensor, parameters: list[Tensor], chunk: in
     return [torch.stack(grads) for grads in zip(*map(product, one_hot), strict=True)]
 
 
-class Largest:
-    """Measures the largest output of a convolution or linear layer, to choose how many samples to batch."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.elements, self.device = model, 1, "cpu"
-
-    def __enter__(self) -> "Largest":
-        kinds = (nn.modules.conv._ConvNd, nn.Linear)
-        self.hooks = [m.register_forward_hook(self._see) for m in self.model.modules() if isinstance(m, kinds)]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _see(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        self.elements, self.device = max(self.elements, out.numel()), out.device.type
-
-    def chunk(self) -> int:
-        """Return how many samples to batch; 1 where batching does not pay."""
-        found = CACHE.get(self.device, CACHE["cuda"]) // self.elements
-        return found if found >= LEAST else 1
+def run_measured(call: Call, model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """Return the output, and how many samples' products to batch by the largest layer's output; 1 where it costs."""
+    sizes, kinds = [(1, "cpu")], (nn.modules.conv._ConvNd, nn.Linear)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    with watched(layers, lambda layer, args, out: sizes.append((out.numel(), out.device.type))):
+        output = call(x)
+    elements, device = max(sizes, key=lambda size: size[0])
+    found = CACHE.get(device, CACHE["cuda"]) // elements
+    return output, found if found >= LEAST else 1
 
 
 def named_weights(model: nn.Module) -> list[nn.Parameter]:
@@ -87,14 +75,8 @@ def tangent_kernel(model: nn.Module, batch: Any, seed: int | None = 0) -> Tensor
     check_model(model)
     x, parameters = read_images(batch, 2), named_weights(model)
     with pure(model, seed) as call:
-        with Largest(model) as largest:
-            output = call(x)
-        rows = per_sample(output, torch.ones_like(output), parameters, largest.chunk())
-    return gram(rows)
-
-
-def gram(rows: Iterable[Tensor]) -> Tensor:
-    """Return the sum of ``G G^T`` in double precision over tensors whose first dimension is the sample."""
+        output, chunk = run_measured(call, model, x)
+        rows = per_sample(output, torch.ones_like(output), parameters, chunk)
     flat = (g.detach().flatten(1).double() for g in rows)
     kernel = sum(g @ g.T for g in flat)
     return (kernel + kernel.T) / 2  # a product of matrices is symmetric up to rounding only
@@ -141,19 +123,13 @@ def grad_sign(
     Higher is better: the samples agree in which way a weight should go.
 
     Args:
-        model: network; it stays as it was.
-        batch: ``(x, y)``.
+        model, batch, seed: as for `GradientPass`, which also says what raises.
         coupled: run the samples as one batch, so that batch norms couple them; ``False`` runs each sample alone, as the
             official code, which then normalises over its own places.
         loss_fn: mean loss of a batch; it is called with one sample at a time.
-        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
 
     Returns:
         A whole number, over convolution and linear weights.
-
-    Raises:
-        ValueError: see `GradientPass`.
-        TypeError: see `GradientPass`.
 
     Reference: zhang2022gradsign.
 
@@ -164,33 +140,18 @@ def grad_sign(
     check_model(model)
     x, y = read_batch(batch)
     theta = list(weights(model).values())
-    if not coupled:
-        return sign_count(alone(model, x, y, theta, loss_fn, seed))
     with pure(model, seed) as call:
-        with Largest(model) as largest:
-            output = call(x)
-        return sign_count(per_sample(output, loss_rows(loss_fn, output, y), theta, largest.chunk()))
-
-
-def sign_count(rows: Iterable[Tensor]) -> float:
-    """Return the sum over parameters of how far positive and negative gradients outnumber each other."""
+        if coupled:
+            output, chunk = run_measured(call, model, x)
+            leaf = output.detach().requires_grad_()
+            mean_loss(loss_fn, leaf, y)  # for its checks
+            apart = sum(loss_fn(leaf[i : i + 1], y[i : i + 1]) for i in range(len(y)))
+            rows = per_sample(output, gradients(apart, [leaf])[0], theta, chunk)
+        else:
+            pairs = zip(x.split(1), y.split(1), strict=True)
+            found = [gradients(mean_loss(loss_fn, call(one), label), theta) for one, label in pairs]
+            rows = [torch.stack(grads) for grads in zip(*found, strict=True)]
     return total([g.sign().sum(0).abs().sum(dtype=torch.float64) for g in rows])
-
-
-def loss_rows(loss_fn: Loss, output: Tensor, y: Tensor) -> Tensor:
-    """Return the gradient of each sample's own loss by its output."""
-    leaf = output.detach().requires_grad_()
-    mean_loss(loss_fn, leaf, y)
-    return gradients(sum(loss_fn(leaf[i : i + 1], y[i : i + 1]) for i in range(len(y))), [leaf])[0]
-
-
-def alone(model: nn.Module, x: Tensor, y: Tensor, theta: list[Tensor], loss_fn: Loss, seed: int | None) -> list[Tensor]:
-    """Return the gradient of each sample's loss in a batch of its own."""
-    found = []
-    with pure(model, seed) as call:
-        for i in range(len(x)):
-            found.append(gradients(mean_loss(loss_fn, call(x[i : i + 1]), y[i : i + 1]), theta))
-    return [torch.stack(grads) for grads in zip(*found, strict=True)]
 
 
 def knas(
@@ -201,12 +162,10 @@ def knas(
     The mean over all pairs is :math:`\lVert \frac1n \sum_i g_i \rVert^2`: one backward pass, no gradient per sample.
 
     Args:
-        model: network; it stays as it was.
+        model, loss_fn, seed: as for `GradientPass`; the loss is needed for ``of="loss"`` only.
         batch: ``(x, y)``, or ``x`` alone for ``of="logits"``.
         of: what is differentiated for each sample: the sum of its ``"logits"``, as in `ntk_condition` and in the
             paper, or its ``"loss"``, as in the official code (which samples and centres further).
-        loss_fn: mean loss of a batch, for ``of="loss"``.
-        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
 
     Returns:
         The score, over all parameters named ``weight``.
@@ -221,8 +180,7 @@ def knas(
     >>> knas(model, torch.tensor([[1.0, 0.0], [0.0, 2.0]]))  # mean of [[1, 0], [0, 4]]
     1.25
     """
-    if of not in ("logits", "loss"):
-        raise ValueError(f"of must be 'logits' or 'loss', got {of!r}")
+    check_choice("of", of, ("logits", "loss"))
     check_model(model)
     x, y = (read_images(batch), None) if of == "logits" else read_batch(batch)
     with pure(model, seed) as call:

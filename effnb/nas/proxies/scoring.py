@@ -1,26 +1,92 @@
-"""Many proxies of one network in shared passes, and of many networks through any fan-out."""
+"""The proxies by name; many of one network in shared passes, many networks through any fan-out; votes of several."""
 
+import functools
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+import pickle
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from scipy.stats import rankdata
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from ..zico import GradientMoments
-from ..zico.passes import check_batches
-from ..zico.score import per_layer
-from .common import Loss, check_model
-from .gradient import GradientPass
-from .journal import Outcome, Run, Task, recorded
-from .registry import Proxy, available_proxies
+from effnb.common import check_choice
+from effnb.nas.proxies.activations import linear_regions, naswot, zen_score
+from effnb.nas.proxies.gradient import GradientPass, fisher, grad_norm, grasp, jacob_cov, plain, snip, synflow
+from effnb.nas.proxies.kernel import grad_sign, knas, ntk_condition
+from effnb.nas.proxies.size import count_macs, count_params, l2_norm, nn_mass
+from effnb.nas.zico.passes import Batch, Loss, check_batches, check_model
+from effnb.nas.zico.score import GradientMoments, per_layer, zico, zico_floor
 
+VOTERS = ("synflow", "jacob_cov", "snip")
 PASS = ("grad_norm", "snip", "plain", "fisher")
 ZICO = {"zico": "code", "zico_floor": "floor"}
-Batch = tuple[Tensor, Tensor]
+FORMAT = "effnb-scores/1"
 Options = Mapping[str, Mapping[str, Any]]
+Outcome = dict[str, float] | Exception
+Run = Callable[..., Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """One proxy: its function, which direction is better, how many batches it needs, and whether it reads labels.
+
+    >>> available_proxies()["zico"].batches
+    2
+    """
+
+    function: Callable[..., float]
+    higher_is_better: bool = True
+    batches: int = 1
+    labels: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the function."""
+        return self.function.__name__
+
+
+PROXIES = (
+    Proxy(count_params),
+    Proxy(count_macs),
+    Proxy(l2_norm),
+    Proxy(grad_norm, labels=True),
+    Proxy(snip, labels=True),
+    Proxy(plain, labels=True),
+    Proxy(grasp, labels=True),
+    Proxy(fisher, labels=True),
+    Proxy(synflow),
+    Proxy(jacob_cov),
+    Proxy(naswot),
+    Proxy(zen_score),
+    Proxy(ntk_condition, higher_is_better=False),
+    Proxy(linear_regions),
+    Proxy(grad_sign, labels=True),
+    Proxy(knas),
+    Proxy(nn_mass),
+    Proxy(zico, batches=2, labels=True),
+    Proxy(zico_floor, batches=2, labels=True),
+)
+
+
+def available_proxies() -> dict[str, Proxy]:
+    """Return all proxies by name; scores are as they are, without absolute values.
+
+    Every function is called as ``function(model, batch, loss_fn=..., seed=...)``, with a list of batches in the place
+    of the batch where ``batches`` is 2.
+
+    >>> [name for name, proxy in available_proxies().items() if not proxy.higher_is_better]
+    ['ntk_condition']
+    """
+    return {proxy.name: proxy for proxy in PROXIES}
 
 
 def score_all(
@@ -50,7 +116,8 @@ def score_all(
         batches: pairs ``(x, y)``, or one pair; all are used by `zico` and `zico_floor`, the first by the others.
         names: proxies, see `available_proxies`.
         loss_fn: mean loss of a batch.
-        options: keyword arguments of single proxies, as in ``{"zen_score": {"repeats": 32}}``.
+        options: keyword arguments of single proxies, as in ``{"zen_score": {"repeats": 32}}``; such a proxy shares no
+            pass, but `fisher`.
         seed: given to every proxy, and to ``build``.
         seeds: for a list, one row for each item and each of these seeds, instead of ``seed``.
         build: for a list, called as ``build(item, generator=generator)``, with a stream of the row's seed.
@@ -69,8 +136,6 @@ def score_all(
             file of scores; for a single network also what the proxies raise.
         TypeError: for a single network, what the proxies raise.
 
-    Reference: abdelfattah2021zerocost, li2023zico.
-
     >>> from effnb.nas.nanobench import build_net
     >>> batches = [(torch.randn(8, 1, 14, 14), torch.arange(8)) for _ in range(2)]
     >>> sorted(score_all(build_net("303030"), batches, ["snip", "zico", "naswot"]))
@@ -79,13 +144,29 @@ def score_all(
     >>> rows[0], type(rows[2]).__name__
     ({'count_params': 1474.0}, 'ValueError')
     """
-    scorer = Scorer(as_batches(batches), checked_names(names, options), loss_fn, options or {}, build)
+    batches, names, known = list(batches), [names] if isinstance(names, str) else list(names), available_proxies()
+    if len(batches) == 2 and all(isinstance(part, Tensor) for part in batches):
+        batches = [tuple(batches)]
+    if not batches:
+        raise ValueError("batches must hold at least one pair (inputs, labels), got none")
+    if unknown := [name for name in [*names, *(options or {})] if name not in known]:
+        raise ValueError(f"names must be among {', '.join(known)}; got {', '.join(map(repr, unknown))}")
+    if not names:
+        raise ValueError("names must hold at least one proxy, got none")
+    scorer = Scorer(batches, names, loss_fn, options or {}, build)
     if isinstance(model, nn.Module):
         if build or run or resume or seeds:
             raise ValueError("build, run, resume and seeds are for a list of networks, got a single one")
         return scorer.score(model, seed)
     tasks = [Task(item, s) for item in model for s in ((seed,) if seeds is None else seeds)]
     return recorded(scorer, tasks, run or serial, resume)
+
+
+class Task(NamedTuple):
+    """One row: an item and its seed."""
+
+    item: Any
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -108,64 +189,32 @@ class Scorer:
     def score(self, model: nn.Module, seed: int | None) -> dict[str, float]:
         """Return every named score of one network."""
         check_model(model)
-        found, known = self.shared(model, seed), available_proxies()
-        return {name: found[name] if name in found else self.alone(known[name], model, seed) for name in self.names}
-
-    def alone(self, proxy: Proxy, model: nn.Module, seed: int | None) -> float:
-        """Return the score of a proxy that has passes of its own."""
-        data = self.batches if proxy.batches > 1 else self.batches[0]
-        return proxy.function(
-            model, data, **{"loss_fn": self.loss_fn, "seed": seed, **self.options.get(proxy.name, {})}
-        )
-
-    def shared(self, model: nn.Module, seed: int | None) -> dict[str, float]:
-        """Return the scores that are read off one backward pass a batch."""
-        wanted = [n for n in self.names if n in PASS or (n in ZICO and not self.options.get(n))]
-        if not wanted:
-            return {}
-        codes = "naswot" in self.names
-        first = self.step(model, 0, seed, fisher="fisher" in wanted, codes=codes)
-        found = {n: getattr(first, n)(**self.options.get(n, {})) for n in wanted if n in PASS}
-        found |= {"naswot": first.naswot()} if codes else {}
-        variants = {n: ZICO[n] for n in wanted if n in ZICO}
-        return found | (self.zico_family(first, variants, seed) if variants else {})
-
-    def step(self, model: nn.Module, index: int, seed: int | None, **collect: bool) -> GradientPass:
-        """Run one backward pass."""
-        return GradientPass(model, self.batches[index], loss_fn=self.loss_fn, seed=seed, **collect)
-
-    def zico_family(self, first: GradientPass, variants: Mapping[str, str], seed: int | None) -> dict[str, float]:
-        """Return ZiCo and its floor from the first pass and one more for each further batch."""
-        check_batches(self.batches)
-        model, moments = first.model, GradientMoments()
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        for i in range(len(self.batches)):
-            step = self.step(model, i, seed) if i else first
-            if not step.reached:
-                raise ValueError("model must have a counted layer that receives a gradient, got none")
-            moments.update({names[id(step.weights[layer])]: grad for layer, grad in step.grads.items()})
-        return {n: math.fsum(per_layer(moments, model, variant=v).values()) for n, v in variants.items()}
-
-
-def checked_names(names: Sequence[str], options: Options | None) -> list[str]:
-    """Return the names as a list; raise for one that is no proxy."""
-    names = [names] if isinstance(names, str) else list(names)
-    known = available_proxies()
-    if unknown := [name for name in [*names, *(options or {})] if name not in known]:
-        raise ValueError(f"names must be among {', '.join(known)}; got {', '.join(map(repr, unknown))}")
-    if not names:
-        raise ValueError("names must hold at least one proxy, got none")
-    return names
-
-
-def as_batches(batches: Any) -> list[Batch]:
-    """Return a list of batches; one pair of tensors is a list of one."""
-    found = list(batches)
-    if len(found) == 2 and all(isinstance(part, Tensor) for part in found):
-        found = [tuple(found)]
-    if not found:
-        raise ValueError("batches must hold at least one pair (inputs, labels), got none")
-    return found
+        common = {"loss_fn": self.loss_fn, "seed": seed}
+        own = {name: self.options.get(name, {}) for name in self.names}
+        # Options of its own may be another loss, seed or variant; only `broadcast` of `fisher` is read off afterwards.
+        read = [n for n in self.names if n in PASS and not own[n].keys() - {"broadcast"}]
+        variants = {n: ZICO[n] for n in self.names if n in ZICO and not own[n]}
+        codes = "naswot" in self.names and not own["naswot"]
+        found: dict[str, float] = {}
+        if read or variants:
+            first = GradientPass(model, self.batches[0], **common, fisher="fisher" in read, codes=codes)
+            found |= {name: getattr(first, name)(**own[name]) for name in read}
+            found |= {"naswot": first.naswot()} if codes else {}
+        if variants:
+            # Tied layers: the moments are by parameter, as in `gradient_moments`, the pass has the first of the layers.
+            moments, names = GradientMoments(), {id(p): name for name, p in model.named_parameters()}
+            for i, batch in enumerate(check_batches(self.batches)):
+                step = GradientPass(model, batch, **common) if i else first
+                if not step.reached:
+                    raise ValueError("model must have a counted layer that receives a gradient, got none")
+                moments.update({names[id(step.weights[layer])]: grad for layer, grad in step.grads.items()})
+            found |= {n: math.fsum(per_layer(moments, model, variant=v).values()) for n, v in variants.items()}
+        known = available_proxies()
+        for name in self.names:
+            if name not in found:
+                data = self.batches if known[name].batches > 1 else self.batches[0]
+                found[name] = known[name].function(model, data, **common | own[name])
+        return {name: found[name] for name in self.names}
 
 
 def serial(function: Callable[[Task], Any], items: Sequence[Task], on_done: Callable[[int, Any], None]) -> list[Any]:
@@ -179,3 +228,191 @@ def serial(function: Callable[[Task], Any], items: Sequence[Task], on_done: Call
         on_done(index, outcome)
         outcomes.append(outcome)
     return outcomes
+
+
+def recorded(scorer: Scorer, tasks: list[Task], run: Run, path: str | Path | None) -> list[Outcome]:
+    """Return the outcome of every task by ``run``; what the file at ``path`` holds is not run again.
+
+    A change of any field of ``scorer`` makes every row a new one.
+    """
+    if path is None:
+        return list(run(scorer, tasks, on_done=lambda index, outcome: None))
+    salt = fingerprint((FORMAT, sorted(vars(scorer).items())))
+    keys = [fingerprint((salt, *task)) for task in tasks]
+    with Journal(path) as journal:
+        missing = [i for i, key in enumerate(keys) if key not in journal.found]
+
+        def on_done(index: int, outcome: Any) -> None:
+            # An exception is not written down: the next run tries again.
+            if not isinstance(outcome, BaseException):
+                journal.add(keys[missing[index]], tasks[missing[index]], outcome)
+
+        outcomes: list[Outcome] = [journal.found.get(key) for key in keys]
+        fresh = run(scorer, [tasks[i] for i in missing], on_done=on_done) if missing else []
+        for i, outcome in zip(missing, fresh, strict=True):
+            outcomes[i] = outcome
+    return outcomes
+
+
+class Journal:
+    """A file with one line of JSON a finished row; what is after the last line's end is cut off when it is opened.
+
+    ``found`` maps the keys of the rows that were there to their scores.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.found: dict[str, dict[str, float]] = {}
+
+    def __enter__(self) -> "Journal":
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("a+b")
+        self.file.seek(0)
+        text = self.file.read()
+        # A run that was killed while it wrote leaves a line without an end.
+        whole = text[: text.rfind(b"\n") + 1]
+        self.file.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                self.found[record["key"]] = {name: float(value) for name, value in record["scores"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                self.file.close()
+                raise ValueError(f"resume must be a file of scores, line {number} of {self.path} is not one") from error
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def add(self, key: str, task: Task, scores: Mapping[str, float]) -> None:
+        """Write one line, and have it on the disk before returning."""
+        # JSON has no infinity; as text it is read back by `float`.
+        values = {name: value if math.isfinite(value) else str(value) for name, value in scores.items()}
+        item = task.item if isinstance(task.item, str | int) else type(task.item).__name__
+        line = json.dumps({"key": key, "item": item, "seed": task.seed, "scores": values})
+        self.file.write(line.encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def fingerprint(value: Any) -> str:
+    """Return a hash of a value's content: the same for equal values in another process.
+
+    Networks are hashed by printed form and state, functions by name and code.
+
+    >>> fingerprint(("303030", 0)) == fingerprint(("303030", 0)) != fingerprint(("303030", 1))
+    True
+    """
+    digest = hashlib.sha256()
+    for part in parts(value):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
+
+
+def parts(value: Any) -> Iterator[bytes]:
+    """Yield bytes that tell a value from others, its own parts in a fixed order."""
+    # The type too: 1, 1.0 and True are equal, and so are their hashes.
+    yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
+    if isinstance(value, str | bytes | int | float | None):
+        yield repr(value).encode()
+        return
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous()
+        yield f"{data.dtype} {tuple(data.shape)}".encode()
+        yield data.reshape(-1).view(torch.uint8).numpy().tobytes()
+        return
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        yield f"{value.dtype} {value.shape}".encode()
+        yield value.tobytes()
+        return
+    if isinstance(value, list | tuple):
+        pieces = list(value)
+    elif isinstance(value, Mapping):
+        pieces = sorted(value.items(), key=lambda pair: repr(pair[0]))
+    elif isinstance(value, set | frozenset):
+        pieces = sorted(map(fingerprint, value))
+    elif isinstance(value, nn.Module):
+        # The printed form tells apart what has no state, as a ReLU and a tanh.
+        pieces = [repr(value), dict(value.state_dict())]
+    elif isinstance(value, functools.partial):
+        pieces = [value.func, value.args, value.keywords]
+    elif isinstance(value, types.FunctionType):
+        pieces = [value.__module__, value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__]
+    elif isinstance(value, types.CodeType):
+        # Not the whole code: file names and line numbers differ between checkouts.
+        pieces = [value.co_code, value.co_names, value.co_consts]
+    else:
+        yield pickle.dumps(value)
+        return
+    yield str(len(pieces)).encode()
+    for piece in pieces:
+        yield from parts(piece)
+
+
+def vote(
+    models: Iterable[nn.Module],
+    batch: Any,
+    *,
+    names: Sequence[str] = VOTERS,
+    method: str = "rank",
+    loss_fn: Loss = F.cross_entropy,
+    seed: int | None = 0,
+) -> list[float]:
+    """Return one score a network from the ranks that several proxies give it among the others; higher is better.
+
+    Args:
+        models: networks; they stay as they were.
+        batch: ``(x, y)``.
+        names: proxies that need one batch.
+        method: ``"rank"`` or ``"majority"``, see `rank_average`.
+        loss_fn: mean loss of a batch.
+        seed: of what a proxy or a network draws itself.
+
+    Returns:
+        One number a network; it means something within this list only.
+
+    Raises:
+        ValueError: an unknown proxy or ``method``, no network, or a score that is NaN.
+        TypeError: what the proxies raise.
+
+    Reference: abdelfattah2021zerocost.
+
+    >>> from effnb.nas.nanobench import build_net
+    >>> vote(map(build_net, ("000100", "333333")), torch.zeros(2, 1, 14, 14), names=["count_params", "count_macs"])
+    [1.0, 2.0]
+    """
+    scores = [score_all(model, [batch], names, loss_fn=loss_fn, seed=seed) for model in models]
+    return rank_average({name: [row[name] for row in scores] for name in names}, method=method)
+
+
+def rank_average(scores: Mapping[str, Sequence[float]], *, method: str = "rank") -> list[float]:
+    """Return the `vote` from scores that are known already; higher is better.
+
+    Args:
+        scores: name of a proxy to its scores, one a network; those of `ntk_condition` are turned round, unknown names
+            count as higher is better. Infinite scores are ranked last or first.
+        method: ``"rank"`` averages ranks, 1 for the worst, ties shared; ``"majority"`` counts the networks that most
+            proxies place below, a tie half.
+
+    Raises:
+        ValueError: an unknown ``method``, no scores, lists of different lengths, or a score that is NaN.
+
+    >>> rank_average({"snip": [1.0, 2.0, 3.0], "ntk_condition": [9.0, 2.0, 4.0]})
+    [1.0, 2.5, 2.5]
+    """
+    check_choice("method", method, ("rank", "majority"))
+    if not scores or len({len(column) for column in scores.values()}) != 1 or not all(map(len, scores.values())):
+        lengths = {name: len(column) for name, column in scores.items()}
+        raise ValueError(f"scores must hold one value a network for at least one proxy, got {lengths}")
+    known, rows = available_proxies(), []
+    for name, column in scores.items():
+        values = np.asarray(column, float)
+        if np.isnan(values).any():
+            raise ValueError(f"scores must not be NaN, {name} is for network {int(np.isnan(values).argmax())}")
+        rows.append(rankdata(-values if name in known and not known[name].higher_is_better else values))
+    ranks = np.array(rows)
+    if method == "rank":
+        return ranks.mean(0).tolist()
+    # 1 where most proxies place the row's network above the column's, 0 for a draw, also with itself.
+    majority = np.sign(np.sign(ranks[:, :, None] - ranks[:, None, :]).sum(0))
+    return ((majority + 1).sum(1) / 2 - 0.5).tolist()

@@ -1,7 +1,6 @@
 """Proxies that only count: parameters, multiply-adds, the weights' norm, and NN-Mass."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,17 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from ..nb201 import EDGES, Cell
-from .common import Loss, check_model, pure, read_images, total, weights
-
-SKIPS = [pair for pair in EDGES if pair[1] - pair[0] > 1]
-NODES = 1 + max(target for _, target in EDGES)
+from effnb.common import check_number
+from effnb.nas.nb201 import EDGES, Cell
+from effnb.nas.proxies.activations import watched
+from effnb.nas.proxies.gradient import total, weights
+from effnb.nas.zico.passes import Loss, check_model, pure, read_images
 
 
 class SkipCell(NamedTuple):
-    """What NN-Mass needs of one cell: the share of possible skip links that it has, its width and its depth.
-
-    Reference: bhardwaj2021nnmass.
+    """What `nn_mass` needs of one cell: the share of possible skip links that it has, its width and its depth.
 
     >>> SkipCell(density=0.5, width=16, depth=3)
     SkipCell(density=0.5, width=16, depth=3)
@@ -37,23 +34,16 @@ def count_params(
 
     Args:
         model: any module.
-        batch: not used.
-        loss_fn: not used.
-        seed: not used.
-
-    Returns:
-        A whole number.
+        batch, loss_fn, seed: not used.
 
     Raises:
         TypeError: complex numbers, or something that is no module.
 
-    Reference: li2024zeroshot.
-
     >>> count_params(nn.Linear(3, 2))
     8.0
     """
-    check_model(model)
-    return float(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+    parameters, _ = check_model(model)
+    return float(sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad))
 
 
 def l2_norm(model: nn.Module, batch: Any = None, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
@@ -61,12 +51,7 @@ def l2_norm(model: nn.Module, batch: Any = None, *, loss_fn: Loss = F.cross_entr
 
     Args:
         model: network; it stays as it was.
-        batch: not used.
-        loss_fn: not used.
-        seed: not used.
-
-    Returns:
-        The score.
+        batch, loss_fn, seed: not used.
 
     Raises:
         ValueError: if no such weight is trainable.
@@ -81,6 +66,7 @@ def l2_norm(model: nn.Module, batch: Any = None, *, loss_fn: Loss = F.cross_entr
     5.0
     """
     check_model(model)
+    # One call for all layers: on small networks the overhead of a call is the cost.
     return total(list(torch._foreach_norm([weight.detach() for weight in weights(model).values()])))
 
 
@@ -95,26 +81,23 @@ def count_macs(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy,
         loss_fn: not used.
         seed: of what the network draws itself; ``None`` takes the global state.
 
-    Returns:
-        A whole number.
-
     Raises:
         ValueError: an empty batch, or inputs that are not finite.
         TypeError: complex numbers, or a batch of another kind.
-
-    Reference: li2024zeroshot.
 
     >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(5, 3, 4, 4))  # 16 places * 8 * 27
     3456.0
     """
     x, macs = read_images(batch)[:1], []
+    check_model(model)
 
     def count(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         # Each input element of a transposed convolution, each output element of the others meets one row of weights.
         elements = args[0] if getattr(layer, "transposed", False) else out
         macs.append(elements.numel() * layer.weight[0].numel())
 
-    with pure(model, seed, train=False) as call, torch.no_grad(), watched(model, (_ConvNd, nn.Linear), count):
+    layers = [module for module in model.modules() if isinstance(module, _ConvNd | nn.Linear)]
+    with pure(model, seed, train=False) as call, torch.no_grad(), watched(layers, count):
         call(x)
     return float(sum(macs))
 
@@ -139,9 +122,6 @@ def nn_mass(
         loss_fn: not used.
         seed: of what the network draws itself; ``None`` takes the global state.
 
-    Returns:
-        The score.
-
     Raises:
         ValueError: no cells, or one out of range.
         TypeError: no module, or a batch of another kind.
@@ -152,37 +132,23 @@ def nn_mass(
     120.0
     """
     check_model(model)
-    found = [SkipCell(*cell) for cell in (nb201_cells(model, batch, seed) if cells is None else cells)]
+    known = [module for module in model.modules() if isinstance(module, Cell)]
+    found = [SkipCell(*cell) for cell in cells or ()]
+    if cells is None and known:
+        # Edges that pass over a node; 1>2 and 2>3 follow 0>1 in the chain of the cell.
+        skips = [pair for pair in EDGES if pair[1] - pair[0] > 1]
+
+        def note(cell: Cell, args: tuple[Tensor, ...], out: Tensor) -> None:
+            density = sum(pair in cell.ends for pair in skips) / len(skips)
+            found.append(SkipCell(density, out.shape[1], max(target for _, target in EDGES)))
+
+        x = read_images(batch)[:1]
+        with pure(model, seed, train=False) as call, torch.no_grad(), watched(known, note):
+            call(x)
     if not found:
         raise ValueError("model must have cells with skip links; give them as cells=[(density, width, depth), ...]")
     for cell in found:
-        if not 0 <= cell.density <= 1 or cell.width <= 0 or cell.depth <= 0:
-            raise ValueError(f"cells must have a density in [0, 1], width and depth > 0, got {cell}")
+        check_number("density of a cell", cell.density, ge=0, le=1)
+        check_number("width of a cell", cell.width, gt=0)
+        check_number("depth of a cell", cell.depth, gt=0)
     return float(sum(density * width * depth for density, width, depth in found))
-
-
-def nb201_cells(model: nn.Module, batch: Any, seed: int | None) -> list[SkipCell]:
-    """Return the cells of NAS-Bench-201 that a forward pass of one sample meets."""
-    found: list[SkipCell] = []
-    if not any(isinstance(module, Cell) for module in model.modules()):
-        return found
-
-    def note(cell: Cell, args: tuple[Tensor, ...], out: Tensor) -> None:
-        density = sum(pair in cell.ends for pair in SKIPS) / len(SKIPS)
-        found.append(SkipCell(density, out.shape[1], NODES - 1))
-
-    x = read_images(batch)[:1]
-    with pure(model, seed, train=False) as call, torch.no_grad(), watched(model, (Cell,), note):
-        call(x)
-    return found
-
-
-@contextlib.contextmanager
-def watched(model: nn.Module, kinds: tuple[type, ...], hook: Callable[..., None]) -> Iterator[None]:
-    """Call ``hook`` after every forward of a module of these kinds."""
-    handles = [module.register_forward_hook(hook) for module in model.modules() if isinstance(module, kinds)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

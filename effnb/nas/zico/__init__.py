@@ -4,16 +4,9 @@
 gives several variants from the same passes, and `gradient_moments` the stream of moments that all of them read.
 """
 
-from .moments import GradientMoments
-from .passes import gradient_moments
-from .score import VARIANTS, zico, zico_floor, zico_per_layer, zico_terms
+from effnb.nas.zico.score import VARIANTS as VARIANTS
+from effnb.nas.zico.score import GradientMoments, gradient_moments, zico_floor, zico_per_layer, zico_terms
+from effnb.nas.zico.score import zico as zico
 
-__all__ = [
-    "VARIANTS",
-    "GradientMoments",
-    "gradient_moments",
-    "zico",
-    "zico_floor",
-    "zico_per_layer",
-    "zico_terms",
-]
+# `zico` is not listed: a star import would put the function in the place of this module in `effnb.nas`.
+__all__ = ["GradientMoments", "gradient_moments", "zico_floor", "zico_per_layer", "zico_terms"]
