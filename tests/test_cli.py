@@ -238,7 +238,7 @@ def test_the_skeleton_runs(extended, folder):
     """Module, test, benchmark and chapter of a new system work as made; its package is a throw-away one."""
     skeleton.create("new_system", "brand_new", 30, folder=folder)
     path = f"import effnb; effnb.__path__.append({str(extended / 'effnb')!r})"
-    script = f"{path}; import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests']))"
+    script = f"{path}; import pytest, sys; sys.exit(pytest.main(['-p', 'no:cacheprovider', 'tests']))"
     done = subprocess.run([sys.executable, "-c", script], cwd=extended, capture_output=True, text=True)
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
     bench = f"{path}; sys_path = __import__('sys').path; sys_path.insert(0, 'benchmarks'); import bench_new_system"

@@ -36,7 +36,8 @@ def fan_out(
         items: any picklable values.
         jobs: processes at a time, >= 1; a Ray cluster schedules by its own CPUs instead.
         ray_address: ``"host:port"`` or ``"ray://host:port"`` of a running cluster, or ``"auto"``; default processes of
-            this machine. A head that was started with ``--node-ip-address=127.0.0.1`` is named by that address.
+            this machine. A head on the loopback address alone (``ray start --head --node-ip-address=127.0.0.1`` with
+            ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0``) is named by that address.
         on_done: called in this process with (index, result or exception) as each item ends, in no fixed order.
 
     Returns:
