@@ -50,6 +50,7 @@ def sample_cells(count: int = 400, seed: int = 20240601) -> list[str]:
     10
     """
     first: dict[str, str] = {}
+    # One of each class: cells of equal function would count one network several times.
     for cell in all_cells():
         first.setdefault(iso_class(cell), cell)
     check_count("count", count, 1, len(first))
@@ -113,9 +114,10 @@ def train_net(
     2
     """
     check_count("epochs", epochs)
-    check_count("batch_size", batch_size, 2, len(x))
     check_number("lr", lr, gt=0)
+    check_count("batch_size", batch_size, 2, len(x))
     order = Generator().manual_seed(seed)
+    # Equal batches only: the schedule counts steps, and batch norm needs more than a sample.
     steps = len(x) // batch_size
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * steps, pct_start=0.2)

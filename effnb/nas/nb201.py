@@ -99,6 +99,7 @@ def is_connected(edges: str) -> bool:
     >>> is_connected("100001"), is_connected("001011"), sum(not is_connected(cell) for cell in all_cells())
     (False, False, 341)
     """
+    # Edges are in the order of their targets, so that it is known of a source whether it is reached.
     reached = {0}
     for digit, (source, target) in zip(check_edges(edges), EDGES, strict=True):
         if digit != "0" and source in reached:
@@ -179,6 +180,7 @@ class Cell(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         nodes: list[Tensor | None] = [x, None, None, None]
         for op, (source, target) in zip(self.operations, self.ends, strict=True):
+            # A node that no edge enters is zero; what leaves it is computed all the same.
             value = op(torch.zeros_like(x) if nodes[source] is None else nodes[source])
             nodes[target] = value if nodes[target] is None else nodes[target] + value
         return torch.zeros_like(x) if nodes[3] is None else nodes[3]

@@ -43,6 +43,7 @@ class CellSpace:
 
     def mutate(self, arch: str, rng: np.random.Generator) -> str:
         """Return the cell with another operation on one edge."""
+        # A step of at least one round the operations: the result is never the cell itself.
         edge, step = rng.integers(len(EDGES)), rng.integers(1, len(OPERATIONS))
         digit = (int(check_edges(arch)[edge]) + step) % len(OPERATIONS)
         return f"{arch[:edge]}{digit}{arch[edge + 1 :]}"
@@ -112,7 +113,7 @@ def evolve(
     for _ in range(steps):
         arch = space.mutate(members[rng.integers(len(members))][0], rng)
         if budget_fn and not budget_fn(arch):
-            continue
+            continue  # a step all the same, as in the paper
         members.append((arch, scored(arch)))
         history.append(members[-1])
         if len(members) > population:

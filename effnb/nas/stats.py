@@ -88,6 +88,7 @@ def rank_correlation(
     index = np.random.default_rng(seed).integers(columns.shape[1], size=(bootstrap, columns.shape[1]))
     resamples = contrast(statistic, columns, index)
     tail = (1 - level) / 2
+    # A resample may tie in all values; NaN for every one of them would only warn.
     lo, hi = np.nanquantile(resamples, [tail, 1 - tail]) if np.isfinite(resamples).any() else (np.nan, np.nan)
     return Correlation(estimate, float(lo), float(hi), columns.shape[1], dropped, resamples)
 
@@ -99,6 +100,7 @@ def clean(columns: list[ArrayLike], nan: str) -> tuple[np.ndarray, int]:
     if any(a.ndim != 1 or len(a) != len(arrays[0]) for a in arrays):
         raise ValueError(f"scores, accuracy and paired_with must be of one length, got {[a.shape for a in arrays]}")
     table = np.stack(arrays)
+    # NaN compares false with everything: a sort would give it some rank without a word.
     missing = np.isnan(table).any(0)
     if missing.any() and nan == "raise":
         raise ValueError(f"scores and accuracy must not be NaN, got {missing.sum()} of {len(missing)}; see nan='drop'")
@@ -109,6 +111,7 @@ def clean(columns: list[ArrayLike], nan: str) -> tuple[np.ndarray, int]:
 
 def contrast(statistic, columns: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Correlation of scores and accuracy on each row of ``index``, minus that of the rival if there is one."""
+    # The same resamples for both: their common noise cancels in the difference.
     scores, accuracy, *rival = columns
     value = statistic(scores, accuracy, index)
     return value - statistic(rival[0], accuracy, index) if rival else value

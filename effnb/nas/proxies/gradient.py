@@ -312,6 +312,7 @@ def synflow(
     theta = [positive[name].requires_grad_() for name, parameter in parameters.items() if id(parameter) in counted]
 
     norms = [module for module in model.modules() if isinstance(module, NORMS)] if bn == "identity" else []
+    # An instance may carry a `forward` of its own, as wrapped modules do; it comes back afterwards.
     hidden = [module.__dict__.get("forward") for module in norms]
     try:
         for module in norms:

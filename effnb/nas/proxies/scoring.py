@@ -201,6 +201,7 @@ class Scorer:
             found |= {name: getattr(first, name)(**own[name]) for name in read}
             found |= {"naswot": first.naswot()} if codes else {}
         if variants:
+            # Tied layers: the moments are by parameter, as in `gradient_moments`, the pass has the first of the layers.
             moments, names = GradientMoments(), {id(p): name for name, p in model.named_parameters()}
             for i, batch in enumerate(check_batches(self.batches)):
                 step = GradientPass(model, batch, **common) if i else first
@@ -268,6 +269,7 @@ class Journal:
         self.file = self.path.open("a+b")
         self.file.seek(0)
         text = self.file.read()
+        # A run that was killed while it wrote leaves a line without an end.
         whole = text[: text.rfind(b"\n") + 1]
         self.file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
@@ -309,6 +311,7 @@ def fingerprint(value: Any) -> str:
 
 def parts(value: Any) -> Iterator[bytes]:
     """Yield bytes that tell a value from others, its own parts in a fixed order."""
+    # The type too: 1, 1.0 and True are equal, and so are their hashes.
     yield f"{type(value).__module__}.{type(value).__qualname__}".encode()
     if isinstance(value, str | bytes | int | float | None):
         yield repr(value).encode()
@@ -329,6 +332,7 @@ def parts(value: Any) -> Iterator[bytes]:
     elif isinstance(value, set | frozenset):
         pieces = sorted(map(fingerprint, value))
     elif isinstance(value, nn.Module):
+        # The printed form tells apart what has no state, as a ReLU and a tanh.
         pieces = [repr(value), dict(value.state_dict())]
     elif isinstance(value, functools.partial):
         pieces = [value.func, value.args, value.keywords]
@@ -409,5 +413,6 @@ def rank_average(scores: Mapping[str, Sequence[float]], *, method: str = "rank")
     ranks = np.array(rows)
     if method == "rank":
         return ranks.mean(0).tolist()
+    # 1 where most proxies place the row's network above the column's, 0 for a draw, also with itself.
     majority = np.sign(np.sign(ranks[:, :, None] - ranks[:, None, :]).sum(0))
     return ((majority + 1).sum(1) / 2 - 0.5).tolist()

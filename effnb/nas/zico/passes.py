@@ -38,6 +38,7 @@ def pure(
         strict: refuse logits that are no tensor; a loss of the user's own may read anything.
     """
     parameters, buffers = check_model(model)
+    # Norms in train mode write to their buffers: let them write to copies.
     tensors = dict(replaced or {})
     tensors |= {name: buffer.clone() for name, buffer in buffers.items() if name not in tensors}
     devices = sorted({p.device.index for p in parameters.values() if p.device.type == "cuda"})
@@ -50,6 +51,7 @@ def pure(
             raise TypeError(f"model must return a tensor, or a tuple that ends in one, got {type(output).__name__}")
         return output
 
+    # Gradients are needed also where the caller has switched them off.
     with torch.random.fork_rng(devices), torch.enable_grad(), mode_restored(model, train):
         if seed is not None:
             # Not `torch.manual_seed`: it would also reseed devices that nobody forked.

@@ -101,7 +101,7 @@ class Bucket:
                 else:
                     terms = magnitude.mul_(std.reciprocal_())
             pieces = self.split(terms) if len(self.shapes) > 1 else [terms]
-            # Zero or, since no term can be trusted to show what `nansum` leaves out, not a number.
+            # `nansum` also leaves out what a gradient that is not finite has made: zero times the check brings it back.
             totals.append(torch.stack([piece.nansum() for piece in pieces]) + 0 * check)
         return list(torch.stack(totals).sum(0, dtype=torch.float64))
 
