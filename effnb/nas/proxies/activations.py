@@ -69,9 +69,10 @@ class CodeKernel:
         # The same object with the same contents; an id alone may have been given to a new tensor.
         if reference is None or reference() is not x or version != x._version:
             halves = (x.flatten(1) > 0).float().sub_(0.5)
-            product = sum((part @ part.T).double() for part in halves.split(EXACT, dim=1))
+            narrow = halves.shape[1] <= EXACT
+            product = halves @ halves.T if narrow else sum((p @ p.T).double() for p in halves.split(EXACT, dim=1))
             self.known[id(x)] = weakref.ref(x), x._version, product
-        self.products = product.clone() if self.products is None else self.products.add_(product)
+        self.products = product.double() if self.products is None else self.products + product
         self.units += x[0].numel()
 
     def matrix(self) -> Tensor:

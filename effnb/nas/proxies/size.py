@@ -88,17 +88,16 @@ def count_macs(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy,
     >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(5, 3, 4, 4))  # 16 places * 8 * 27
     3456.0
     """
-    x, macs = read_images(batch)[:1], []
-    check_model(model)
+    x, macs, kinds = read_images(batch)[:1], [], (_ConvNd, nn.Linear)
 
     def count(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         # Each input element of a transposed convolution, each output element of the others meets one row of weights.
         elements = args[0] if getattr(layer, "transposed", False) else out
         macs.append(elements.numel() * layer.weight[0].numel())
 
-    layers = [module for module in model.modules() if isinstance(module, _ConvNd | nn.Linear)]
-    with pure(model, seed, train=False) as call, torch.no_grad(), watched(layers, count):
-        call(x)
+    with pure(model, seed, train=False) as call, torch.no_grad():
+        with watched((module for module in model.modules() if isinstance(module, kinds)), count):
+            call(x)
     return float(sum(macs))
 
 
