@@ -1,10 +1,10 @@
 """Architecture search without training: cell spaces, zero-cost proxies, search under a budget, rank statistics."""
 
 from effnb.nas import nanobench, nb201, proxies, search, stats, zico
-from effnb.nas.proxies import *  # noqa: F403
-from effnb.nas.search import *  # noqa: F403
-from effnb.nas.stats import *  # noqa: F403
-from effnb.nas.zico import *  # noqa: F403
+from effnb.nas.proxies import *
+from effnb.nas.search import *
+from effnb.nas.stats import *
+from effnb.nas.zico import *
 
 __all__ = [
     "nanobench",
