@@ -16,8 +16,8 @@ from time import process_time
 
 import pandas as pd
 import torch
+from rich.progress import Progress
 from torch import Tensor
-from tqdm import tqdm
 
 from effnb.lab.measure import cost, data
 from effnb.lab.measure.seed import seed_everything
@@ -91,7 +91,8 @@ def train_all(jobs: int) -> None:
     lines = CACHE.read_text().splitlines() if CACHE.exists() else []
     done = {key(found): found for found in map(json.loads, lines)}
     missing = [item for item in items() if item not in done]
-    with tqdm(total=len(missing)) as bar, CACHE.open("a") as cache_file:
+    with Progress() as progress, CACHE.open("a") as cache_file:
+        bar = progress.add_task("train", total=len(missing))
 
         def keep(_: int, outcome: object) -> None:
             if isinstance(outcome, Exception):
@@ -99,7 +100,7 @@ def train_all(jobs: int) -> None:
             cache_file.write(json.dumps(outcome) + "\n")
             cache_file.flush()
             done[key(outcome)] = outcome
-            bar.update()
+            progress.advance(bar)
 
         fan_out(row, missing, jobs, on_done=keep)
     everything = list(items())

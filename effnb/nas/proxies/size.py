@@ -95,9 +95,9 @@ def count_macs(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy,
         elements = args[0] if getattr(layer, "transposed", False) else out
         macs.append(elements.numel() * layer.weight[0].numel())
 
-    with pure(model, seed, train=False) as call, torch.no_grad():
-        with watched((module for module in model.modules() if isinstance(module, kinds)), count):
-            call(x)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    with pure(model, seed, train=False) as call, torch.no_grad(), watched(layers, count):
+        call(x)
     return float(sum(macs))
 
 
