@@ -116,7 +116,7 @@ def test_scoreboard_sorts_by_mouse_and_keyboard(open_page, address):
     numbers = [float(v) for v in values if v]
     assert numbers == sorted(numbers, reverse=True) and all(values[: len(numbers)])
     assert head.get_attribute("aria-sort") == "descending"
-    page.get_by_role("columnheader", name="Verdict").get_by_role("button").click()
+    page.get_by_role("columnheader", name="Strongest rival").get_by_role("button").click()
     assert head.get_attribute("aria-sort") is None
 
 
