@@ -337,6 +337,8 @@ def test_no_helper_is_defined_in_two_notebooks():
             body = "\n".join(line for line in source.splitlines() if not line.startswith("%"))
             for node in ast.parse(body).body:
                 if isinstance(node, ast.FunctionDef):
-                    homes.setdefault(ast.dump(node.args) + ast.dump(ast.Module(node.body, [])), []).append(system)
                     assert node.end_lineno - node.lineno < 12, f"{node.name} of {system} is longer than 12 lines"
+                    if len(node.body) == 1:  # one statement over the chapter's own names is no helper to share
+                        continue
+                    homes.setdefault(ast.dump(node.args) + ast.dump(ast.Module(node.body, [])), []).append(system)
     assert not {key: found for key, found in homes.items() if len(set(found)) > 1}
