@@ -75,6 +75,7 @@ Profile = Annotated[
     str,
     typer.Option(help="Parameter set: smoke (seconds), book (what CI publishes), study (up to an hour, the evidence)."),
 ]
+Awaiting = Annotated[list[str] | None, typer.Option(help="A chapter that awaits a run: told, without failing.")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Chapters at a time; each uses one thread.")]
 Parameter = Annotated[
     list[str] | None, typer.Option("--parameter", "-p", help="Override one parameter, NAME=VALUE; may be repeated.")
@@ -219,8 +220,7 @@ def book(
     records = run_with_progress(systems, "book", {}, jobs, timeout)
     for record in records:  # again, in case that another command has delivered meanwhile
         chapter.deliver(record, RENDER)
-    failed = _failures(records)
-    built = results_root()
+    failed, built = _failures(records), results_root()
     problems = check([r.system for r in records if r.status == "ok"], results=built)
     worse = [] if problems else compare(built)
     bad_site = 1 if failed or problems else site.build(root() / "_build" / "executed", built)
@@ -344,9 +344,7 @@ def claims(
     write: Annotated[
         bool, typer.Option("--write", help="Also bring the README, pictures and notebooks up to date with the results.")
     ] = False,
-    awaiting: Annotated[
-        list[str] | None, typer.Option(help="A chapter that awaits a run: its notebook need not show its results yet.")
-    ] = None,
+    awaiting: Awaiting = None,
 ) -> None:
     """Judge all claims anew from their stored values; ends with code 1 if anything does not fit."""
     from effnb.lab.publish import site
@@ -356,8 +354,7 @@ def claims(
             "\n".join(stale.diff(diff)) or f"no claim or verdict changed since {diff}", highlight=False, markup=False
         )
         return
-    systems = chosen(None)
-    results = results_root() if built else committed_results()
+    systems, results = chosen(None), results_root() if built else committed_results()
     problems = check(systems, results=results) + check(systems, "study", results)
     unknown = sorted({row["system"] for row in joined(results)} - set(systems)) if not problems else []
     problems += [f"{system}: claims without a chapter" for system in unknown]
@@ -386,7 +383,7 @@ def stale_chapters(
     ignore: Annotated[
         list[str] | None, typer.Option(help="A part of the key that may differ: notebook, parameters, lock or python.")
     ] = None,
-    awaiting: Annotated[list[str] | None, typer.Option(help="A chapter that awaits a run; does not fail.")] = None,
+    awaiting: Awaiting = None,
 ) -> None:
     """Name the chapters whose committed result no longer fits their sources; ends with code 1 if there are any.
 
@@ -402,8 +399,7 @@ def stale_chapters(
         console.print(f"{system}: {told}: {', '.join(parts)}", highlight=False)
     if not found:
         console.print("every committed result fits its sources")
-    late = [system for profile, system in found if profile == "book" and system not in (awaiting or [])]
-    raise typer.Exit(int(bool(late)))
+    raise typer.Exit(int(any(profile == "book" and system not in (awaiting or []) for profile, system in found)))
 
 
 @app.command()
