@@ -202,7 +202,8 @@ class Recorder:
         details, smoke = self.details[claim.id], self.profile == "smoke"
         common = {"id": claim.id, "registered_hash": claim.registered_hash, "not_tested": None} | details
         if outcome is None:
-            return {"measured": _EMPTY, "verdict": "not-tested", "contradicted": False} | common
+            nothing = {"conditions": [], "preconditions": [], "as_stated": None}  # pages and comparisons read them
+            return {"measured": _EMPTY, "verdict": "not-tested", "contradicted": False} | nothing | common
 
         def judged(name: str, found: Any) -> dict:
             verdict = "smoke" if smoke else found.verdict
