@@ -15,7 +15,7 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 
 # Chapters whose code was moved and that have not been run since; `make book` runs and judges them like all others.
-AWAITING := $(addprefix --awaiting ,unrolled_solvers continuous_sparsification smol zico tips avagrad lbp_wht fast_ntk)
+AWAITING := $(addprefix --awaiting ,unrolled_solvers continuous_sparsification smol zico tips avagrad lbp_wht fast_ntk cola)
 
 check: $(VENV)/.ready
 	$(BIN)/effnb stale --ignore python $(AWAITING)
