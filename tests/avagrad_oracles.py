@@ -31,6 +31,9 @@ class SlowOracle:
         gamma = self._gamma(etas)
         for name in grads:
             t, m, _ = moments[name]
+            if self.norm is None:  # an entry without a second moment yet has no rate of its own
+                v = self.state[name][2] if name in self.state else np.zeros_like(m)
+                etas[name] = np.where(v == 0, 0.0 if self.skip else 1.0, etas[name])
             self._move(params[name], t, m, etas[name], gamma)
         self.state.update(moments)
         if self.norm == "lagged":
@@ -54,8 +57,6 @@ class SlowOracle:
     def _move(self, w, t, m, eta, gamma):
         if t == 1 and self.skip:
             return
-        if t == 1 and self.norm is None:
-            eta = np.ones_like(eta)
         if self.decoupled:
             w *= 1 - self.lr * self.wd
         w -= self.lr * gamma * eta * m / (1 - self.b1**t)

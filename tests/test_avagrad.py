@@ -482,3 +482,77 @@ def test_paths_agree_on_a_channels_last_network():
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- entries whose first gradient comes late
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("first_step", ["skip", "sgd"])
+def test_an_entry_whose_first_gradient_comes_late_does_not_fly_away(path, first_step):
+    w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = DelayedAdam([w], lr=0.1, betas=(0.0, 0.999), eps=1e-8, first_step=first_step, **PATHS[path])
+    places = []
+    for grad in ([1.0, 0.0], [1.0, 0.0], [1.0, 2.0], [1.0, 2.0]):
+        w.grad = torch.tensor(grad, dtype=torch.float64)
+        optimizer.step()
+        places.append(w[1].item())
+    assert places[:3] == pytest.approx([0.0, 0.0, -0.2 if first_step == "sgd" else 0.0])
+    assert -0.5 < places[3] < places[2]
+
+
+def test_delayed_adam_with_its_defaults_trains_a_net_with_dead_units():
+    losses = {}
+    for kind in (torch.optim.Adam, DelayedAdam):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 5))
+        optimizer, seen = kind(model.parameters()), []
+        for _ in range(100):
+            x = torch.randn(4, 20)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), (x[:, 0] > 0).long())
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+        losses[kind] = sum(seen[-10:]) / 10
+    assert losses[DelayedAdam] < 1.5 * losses[torch.optim.Adam]
+
+
+# ---------------------------------------------------------------- one norm over all groups
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("options", [{}, {"first_step": "sgd"}, {"weight_decay": 0.1}, {"capturable": True}], ids=str)
+def test_groups_that_differ_in_nothing_are_one_group_under_a_joint_norm(path, options):
+    together, apart = parameters(), parameters()
+    groups = [{"params": apart[:1]}, {"params": apart[1:3], "lr": 0.1}, {"params": apart[3:]}]
+    run(AvaGrad(together, **options, **PATHS[path]), together, late=(1,))
+    optimizer = AvaGrad(groups, norm_scope="all", **options, **PATHS[path])
+    run(optimizer, apart, late=(1,))
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if options.get("capturable") else {"rtol": 1e-10, "atol": 1e-12}
+    for a, b in zip(apart, together, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+    assert len({float(group["gamma"]) for group in optimizer.param_groups}) == 1
+
+
+def test_a_joint_norm_takes_each_groups_eps_and_lr():
+    params = [nn.Parameter(torch.zeros(2, dtype=torch.float64)), nn.Parameter(torch.zeros(3, dtype=torch.float64))]
+    groups = [{"params": params[:1], "eps": 1.0}, {"params": params[1:], "eps": 0.1, "lr": 0.2}]
+    optimizer = AvaGrad(groups, lr=0.1, norm_scope="all", first_step="sgd")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # v = 0: the rates are 1 / eps
+    gamma = math.sqrt(5 / (2 * 1.0**2 + 3 * 10.0**2))
+    assert optimizer.param_groups[1]["gamma"] == pytest.approx(gamma)
+    torch.testing.assert_close(params[0].detach(), torch.full((2,), -0.1 * gamma, dtype=torch.float64))
+    torch.testing.assert_close(params[1].detach(), torch.full((3,), -0.2 * gamma * 10, dtype=torch.float64))
+
+
+def test_a_joint_norm_needs_the_norm_of_this_step():
+    w = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match=r"norm_scope='all' needs norm='current', got norm='lagged'"):
+        AvaGrad([w], norm="lagged", norm_scope="all")
+    with pytest.raises(ValueError, match="norm_scope must be one of 'group', 'all', got 'both'"):
+        AvaGrad([w], norm_scope="both")
+    with pytest.raises(ValueError, match=r"norm_scope='all' needs norm='current', got norm=None"):
+        DelayedAdam([{"params": [w], "norm_scope": "all"}])

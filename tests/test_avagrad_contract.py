@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+import socket
 
+import avagrad_ranks
 import pytest
 import torch
 from torch import nn
@@ -395,3 +397,26 @@ def test_global_state_is_left_alone(cls, path):
     train(model, cls(model.parameters(), **path), range(2))
     assert torch.equal(torch.get_rng_state(), state) and torch.get_num_threads() == threads
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+# ---------------------------------------------------------------- sharded parameters
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with torch.multiprocessing.Manager() as manager:
+        found = manager.dict()
+        torch.multiprocessing.spawn(avagrad_ranks.work, (port, found), nprocs=2)
+        yield dict(found)
+
+
+@pytest.mark.parametrize("name", avagrad_ranks.OPTIONS)
+def test_two_ranks_with_sharded_parameters_are_one_process(sharded, name):
+    weights, gammas = sharded[name]
+    model = avagrad_ranks.net()
+    assert gammas == pytest.approx(avagrad_ranks.train(model, slice(None), **avagrad_ranks.OPTIONS[name]), rel=1e-5)
+    for ours, theirs in zip(weights, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)

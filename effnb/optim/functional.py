@@ -6,7 +6,9 @@ pass). Each holds the whole rule; m is ``exp_avg``, v ``exp_avg_sq``, eta the ra
 """
 
 import math
-from typing import NamedTuple
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ class Rule(NamedTuple):
     maximize: bool = False
     capturable: bool = False
     differentiable: bool = False
+    norm_scope: str = "group"
 
     def check(self) -> None:
         """Raise TypeError or ValueError for a hyper-parameter out of range or paths that exclude each other."""
@@ -49,6 +52,9 @@ class Rule(NamedTuple):
         check_number("weight_decay", self.weight_decay, ge=0)
         check_choice("norm", self.norm, ("current", "lagged", None))
         check_choice("first_step", self.first_step, ("skip", "sgd"))
+        check_choice("norm_scope", self.norm_scope, ("group", "all"))
+        if self.norm_scope == "all" and self.norm != "current":
+            raise ValueError(f"norm_scope='all' needs norm='current', got norm={self.norm!r}")
         if self.foreach and self.fused:
             raise ValueError("foreach and fused exclude each other, got foreach=True and fused=True")
         if self.differentiable and (self.foreach or self.fused):
@@ -61,8 +67,17 @@ def check_grads(grads: list[Tensor | None], owner: str, error_if_nonfinite: bool
     for i, grad in enumerate(grads):
         if grad is not None and grad.layout != torch.strided:
             raise NotImplementedError(f"{owner} does not support sparse gradients, got {grad.layout} at parameter {i}")
-        if error_if_nonfinite and grad is not None and not torch.isfinite(grad).all():
+        if error_if_nonfinite and grad is not None and not _whole(torch.isfinite(grad).all()):
             raise ValueError(f"gradients must be finite (error_if_nonfinite=True), got nan or inf at parameter {i}")
+
+
+def _dtensor() -> Any:
+    """The class of sharded tensors where somebody has imported it, else a type that nothing has."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, _dtensor()) else value
 
 
 def avagrad(
@@ -180,26 +195,83 @@ def take_step(
     """Count the step and take it on the path that ``rule`` asks for; returns the next ``gamma``."""
     if rule.fused:
         check_fusable(params)
-    if not sum(p.numel() for p in params):
+    scope = Scope.of(params)
+    if not scope.count:
         return gamma
+    if torch.compiler.is_compiling():  # a counter's value read to the host would cut the graph
+        rule = rule._replace(capturable=True)
     if not (rule.capturable or rule.differentiable):
         rule = rule._replace(lr=float(rule.lr))
     # A tensor on the host, lest the slow path of foreach wraps the number once for each counter.
     torch._foreach_add_(steps, _ONE if steps[0].is_cpu else 1.0)
+    tensors = [params, grads, exp_avgs, exp_avg_sqs]
+    if any(scope.shards):  # entry by entry all is local but the norm
+        tensors = [_local(group, params) for group in tensors]
     foreach = rule.foreach
     if foreach is None:  # subclasses of tensors may not know the foreach operations
-        plain = all(type(p) in (Tensor, nn.Parameter) for p in params) and len({p.device for p in params}) == 1
+        plain = all(type(p) in (Tensor, nn.Parameter) for p in tensors[0]) and len({p.device for p in params}) == 1
         foreach = plain and not rule.differentiable
-    tensors = [params, grads, exp_avgs, exp_avg_sqs]
     if any(p.is_complex() for p in params):
         tensors = [[torch.view_as_real(t) if t.is_complex() else t for t in group] for group in tensors]
     if rule.fused and can_compile():
-        return _fused_step(*tensors, steps, rule, gamma, [{} for _ in params] if carries is None else carries)
+        return _fused_step(*tensors, steps, rule, gamma, scope, [{} for _ in params] if carries is None else carries)
     _forget(carries or [])
-    return (_foreach_step if foreach or rule.fused else _single_step)(*tensors, steps, rule, gamma)
+    return (_foreach_step if foreach or rule.fused else _single_step)(*tensors, steps, rule, gamma, scope)
+
+
+def joint_gamma(groups: Sequence[tuple[Tensors, Tensors, Tensors, Rule]]) -> Scalar:
+    """The normaliser of the coming step over all groups, each as params, exp_avg_sqs, state_steps and rule."""
+    squares, params = [], []
+    for group, exp_avg_sqs, steps, rule in groups:
+        scales = _corrections([step + 1 for step in steps], rule).v_scale
+        for v, scale in zip(_local(exp_avg_sqs, group), scales, strict=True):
+            v = torch.view_as_real(v) if v.is_complex() else v
+            squares.append(_rate(v, scale, rule).to(_sum_dtype([v])).square().sum().to(group[0].device))
+        params += group
+    return _inverse_rms(torch.stack([s.to(squares[0]) for s in squares]), Scope.of(params), groups[0][3])
 
 
 # ---------------------------------------------------------------- what the three paths share
+
+
+class Scope(NamedTuple):
+    """What a normaliser runs over: entries over all ranks, and how each tensor is laid out on them, if it is."""
+
+    count: int
+    shards: list[tuple[Any, tuple] | None]
+
+    @classmethod
+    def of(cls, params: Tensors) -> "Scope":
+        kind = _dtensor()
+        shards = [(p.device_mesh, p.placements) if isinstance(p, kind) else None for p in params]
+        return cls(sum(p.numel() * (1 + p.is_complex()) for p in params), shards)
+
+    def total(self, squares: Tensor) -> Tensor:
+        """The sum of one number a tensor, over the ranks too: one reduction a layout."""
+        if not any(self.shards):
+            return squares.sum()
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        parts = []
+        for layout in dict.fromkeys(self.shards):
+            part = squares[[i for i, shard in enumerate(self.shards) if shard == layout]].sum()
+            if layout is not None:
+                mesh, placements = layout
+                sums = [Partial() if place.is_shard() else Replicate() for place in placements]
+                part = DTensor.from_local(part, mesh, sums, run_check=False).full_tensor()
+            parts.append(part)
+        return torch.stack(parts).sum()
+
+
+def _local(tensors: Tensors, params: Tensors) -> Tensors:
+    """This rank's pieces, laid out as those of the parameters."""
+    kind, found = _dtensor(), []
+    for tensor, p in zip(tensors, params, strict=True):
+        if isinstance(tensor, kind):
+            same = tensor.placements == p.placements
+            tensor = (tensor if same else tensor.redistribute(placements=p.placements)).to_local()
+        found.append(tensor)
+    return found
 
 
 class Corrections(NamedTuple):
@@ -209,7 +281,6 @@ class Corrections(NamedTuple):
     next_v_scale: list[Scalar]  # the same one step later
     m_scale: list[Scalar]  # moves / (1 - beta1^t)
     moves: list[Scalar]  # 0 where the first update is skipped, else 1
-    first: list[Scalar]  # 1 at t = 1: an unnormalised method has no second moment yet and takes a rate of one
 
 
 def _bias_correction(beta: float, step: Tensor) -> Tensor:
@@ -231,28 +302,28 @@ def _corrections(steps: Tensors, rule: Rule) -> Corrections:
             before = _bias_correction(beta2, step - 1).clamp_min(1e-30).rsqrt()
             v_scale = torch.where(step > 1, before, first - first)
             next_v_scale = _bias_correction(beta2, step).rsqrt()
-            rows.append((v_scale, next_v_scale, moves / _bias_correction(beta1, step), moves, first))
+            rows.append((v_scale, next_v_scale, moves / _bias_correction(beta1, step), moves))
     else:
         known: dict[float, tuple[float, ...]] = {}  # nearly always one value for all parameters
         for t in [step.item() for step in steps]:
             if t not in known:
                 moves = 0.0 if t == 1 and skip else 1.0
                 v_scale = 1 / math.sqrt(1 - beta2 ** (t - 1)) if t > 1 else 0.0
-                known[t] = (v_scale, 1 / math.sqrt(1 - beta2**t), moves / (1 - beta1**t), moves, float(t == 1))
+                known[t] = (v_scale, 1 / math.sqrt(1 - beta2**t), moves / (1 - beta1**t), moves)
             rows.append(known[t])
     return Corrections(*map(list, zip(*rows, strict=True)))
 
 
-def _inverse_rms(rate_sum: Tensor, params: Tensors, rule: Rule) -> Scalar:
-    """``sqrt(d / rate_sum)``, the sum being that of squared rates; read to the host where that costs no waiting."""
-    count = sum(p.numel() for p in params)
+def _inverse_rms(squares: Tensor, scope: Scope, rule: Rule) -> Scalar:
+    """``sqrt(d / sum)`` of one sum of squared rates a tensor; read to the host where that costs no waiting."""
+    rate_sum = scope.total(squares)
     if rule.capturable or rule.differentiable or not rate_sum.is_cpu:
-        return (rate_sum / count).rsqrt()
-    return 1 / math.sqrt(rate_sum.item() / count)
+        return (rate_sum / scope.count).rsqrt()
+    return 1 / math.sqrt(rate_sum.item() / scope.count)
 
 
 def _given_gamma(gamma: Gamma, params: Tensors, rule: Rule) -> Scalar:
-    """The normaliser where it is not this step's own: none, or the one that the step before left behind."""
+    """The normaliser where it is not this step's own: none, that of all groups, or what the step before left behind."""
     if rule.norm is None:
         return 1.0
     if gamma is None:  # no step before: eta is 1 / eps everywhere
@@ -269,7 +340,14 @@ def _sum_dtype(tensors: Tensors) -> torch.dtype:
 
 
 def _single_step(
-    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors, rule: Rule, gamma: Gamma
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    rule: Rule,
+    gamma: Gamma,
+    scope: Scope,
 ) -> Scalar:
     """One step, a Python loop over tensors; the only path with ``differentiable``. Returns the next gamma."""
     beta1, beta2 = rule.betas
@@ -283,9 +361,9 @@ def _single_step(
 
     # The rates come from v BEFORE this gradient; from the updated v it would be Adam with a norm.
     etas = [_rate(v, scale, rule) for v, scale in zip(exp_avg_sqs, scales.v_scale, strict=True)]
-    used = _single_gamma(etas, params, rule) if rule.norm == "current" else _given_gamma(gamma, params, rule)
+    used = _single_gamma(etas, scope, rule) if rule.norm == "current" else _given_gamma(gamma, params, rule)
     if rule.norm is None:
-        etas = [eta * (1 - first) + first for eta, first in zip(etas, scales.first, strict=True)]
+        etas = [eta.masked_fill(v == 0, _untouched(rule)) for eta, v in zip(etas, exp_avg_sqs, strict=True)]
     for p, m, eta, m_scale, moves in zip(params, exp_avgs, etas, scales.m_scale, scales.moves, strict=True):
         if isinstance(moves, float) and moves == 0.0:  # lest 0 * inf of a first gradient gives nan
             continue
@@ -297,7 +375,7 @@ def _single_step(
 
     if rule.norm == "lagged":  # the official slip: v of this step with the bias correction of the next
         lagged = [_rate(v, scale, rule) for v, scale in zip(exp_avg_sqs, scales.next_v_scale, strict=True)]
-        used = _single_gamma(lagged, params, rule)
+        used = _single_gamma(lagged, scope, rule)
     for v, g in zip(exp_avg_sqs, grads, strict=True):
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     return used
@@ -313,17 +391,29 @@ def _rate(v: Tensor, scale: Scalar, rule: Rule) -> Tensor:
     return 1 / (root * scale + rule.eps)
 
 
-def _single_gamma(etas: Tensors, params: Tensors, rule: Rule) -> Scalar:
+def _untouched(rule: Rule) -> float:
+    """The rate of an entry that has no second moment yet where nothing normalises: 1 / eps would explode."""
+    return float(rule.first_step == "sgd")
+
+
+def _single_gamma(etas: Tensors, scope: Scope, rule: Rule) -> Scalar:
     """The normaliser over all entries of the group that have a gradient in this step, never one a tensor."""
     dtype, device = _sum_dtype(etas), etas[0].device
-    return _inverse_rms(torch.stack([e.to(dtype).square().sum().to(device) for e in etas]).sum(), params, rule)
+    return _inverse_rms(torch.stack([e.to(dtype).square().sum().to(device) for e in etas]), scope, rule)
 
 
 # ---------------------------------------------------------------- all tensors at once
 
 
 def _foreach_step(
-    params: Tensors, grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, steps: Tensors, rule: Rule, gamma: Gamma
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    rule: Rule,
+    gamma: Gamma,
+    scope: Scope,
 ) -> Scalar:
     """One step with ``torch._foreach_*`` over all tensors of the group. Returns the next gamma."""
     beta1, beta2 = rule.betas
@@ -335,10 +425,10 @@ def _foreach_step(
     torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
 
     etas, gains = _foreach_rates(exp_avg_sqs, scales.v_scale, rule.eps)
-    used = _foreach_gamma(etas, gains, params, rule) if rule.norm == "current" else _given_gamma(gamma, params, rule)
-    if rule.norm is None and rule.first_step == "sgd":
-        torch._foreach_mul_(etas, [1 - first for first in scales.first])
-        torch._foreach_add_(etas, scales.first)
+    used = _foreach_gamma(etas, gains, scope, rule) if rule.norm == "current" else _given_gamma(gamma, params, rule)
+    if rule.norm is None:
+        for eta, v, gain in zip(etas, exp_avg_sqs, gains, strict=True):
+            eta.masked_fill_(v == 0, _untouched(rule) / gain)
 
     moving = [i for i, moves in enumerate(scales.moves) if isinstance(moves, Tensor) or moves]
     if moving:
@@ -365,7 +455,7 @@ def _foreach_step(
     if rule.norm == "lagged":
         del etas  # of the size of the parameters; the next line makes as much again
         lagged, gains = _foreach_rates(exp_avg_sqs, scales.next_v_scale, rule.eps)
-        used = _foreach_gamma(lagged, gains, params, rule)
+        used = _foreach_gamma(lagged, gains, scope, rule)
     torch._foreach_mul_(exp_avg_sqs, beta2)
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     return used
@@ -393,13 +483,13 @@ def _foreach_rates(exp_avg_sqs: Tensors, scales: list[Scalar], eps: float) -> tu
     return etas, gains
 
 
-def _foreach_gamma(etas: Tensors, gains: list[float], params: Tensors, rule: Rule) -> Scalar:
+def _foreach_gamma(etas: Tensors, gains: list[float], scope: Scope, rule: Rule) -> Scalar:
     """The normaliser over all entries of the group that have a gradient in this step."""
     norms = torch._foreach_norm(etas, 2, dtype=_sum_dtype(etas))
     total = torch.stack(norms if len({n.device for n in norms}) == 1 else [n.to(norms[0].device) for n in norms])
     total = total.double() if total.is_cpu else total
     weights = torch.tensor(gains, dtype=total.dtype, device=total.device)
-    return _inverse_rms((total * weights).square().sum(), params, rule)
+    return _inverse_rms((total * weights).square(), scope, rule)
 
 
 # ---------------------------------------------------------------- one compiled pass
@@ -413,6 +503,7 @@ def _fused_step(
     steps: Tensors,
     rule: Rule,
     gamma: Gamma,
+    scope: Scope,
     carries: list[dict],
 ) -> Scalar:
     """One step in one compiled pass over memory, which also sums the next step's squared rates; returns next gamma.
@@ -428,24 +519,23 @@ def _fused_step(
             known = "rate_sum" in carry and (carry["rate_eps"], carry["rate_beta2"]) == (eps, beta2)
             rate_sum = carry["rate_sum"] if known else (1 / (v.sqrt() * scale + eps)).square().sum()
             sums.append(rate_sum.to(params[0].device))
-        used = _inverse_rms(torch.stack(sums).sum(), params, rule)
+        used = _inverse_rms(torch.stack(sums), scope, rule)
     else:
         used = _given_gamma(gamma, params, rule)
     decay = rule.lr * rule.weight_decay if rule.decoupled_weight_decay else 0.0
     rows = []
-    for v_scale, next_v_scale, m_scale, moves, first in zip(*scales, strict=True):
-        one = first if rule.norm is None else 0.0
-        rows.append((v_scale, next_v_scale, -rule.lr * used * m_scale, 1 - decay * moves, one))
+    for v_scale, next_v_scale, m_scale, moves in zip(*scales, strict=True):
+        rows.append((v_scale, next_v_scale, -rule.lr * used * m_scale, 1 - decay * moves))
 
-    hyper = (1 - beta1, beta2, eps, rule.weight_decay, -1.0 if rule.maximize else 1.0)
+    hyper = (1 - beta1, beta2, eps, rule.weight_decay, -1.0 if rule.maximize else 1.0, _untouched(rule))
     coupled = bool(rule.weight_decay) and not rule.decoupled_weight_decay
-    sums = fused_update(params, grads, exp_avgs, exp_avg_sqs, rows, hyper, coupled, rule.norm == "lagged")
+    sums = fused_update(params, grads, exp_avgs, exp_avg_sqs, rows, hyper, coupled, rule.norm)
     if sums is None:  # nothing can be compiled here; nothing has been changed yet
         _forget(carries)
-        return _foreach_step(params, grads, exp_avgs, exp_avg_sqs, steps, rule, gamma)
+        return _foreach_step(params, grads, exp_avgs, exp_avg_sqs, steps, rule, gamma, scope)
     for carry, rate_sum in zip(carries, sums.unbind(), strict=True):
         carry.update(rate_sum=rate_sum, rate_eps=eps, rate_beta2=beta2)
-    return _inverse_rms(sums.sum(), params, rule) if rule.norm == "lagged" else used
+    return _inverse_rms(sums, scope, rule) if rule.norm == "lagged" else used
 
 
 def _forget(carries: list[dict]) -> None:

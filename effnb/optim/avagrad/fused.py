@@ -39,25 +39,26 @@ def _kernel(
     table: Tensor,
     hyper: Tensor,
     coupled: bool,
-    lagged: bool,
+    norm: str | None,
 ) -> Tensor:
     """Update everything in place; returns the sums of squared rates of the next step, one per tensor.
 
-    Numbers come in tensors, ``table`` (tensors, 5) and ``hyper`` (5,): constants would be compiled in.
+    Numbers come in tensors, ``table`` (tensors, 4) and ``hyper`` (6,): constants would be compiled in.
     """
-    keep1, beta2, eps, decay, sign = hyper.unbind()
+    keep1, beta2, eps, decay, sign, untouched = hyper.unbind()
     sums = []
     for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        v_scale, next_v_scale, factor, shrink, one = table[i].unbind()
+        v_scale, next_v_scale, factor, shrink = table[i].unbind()
         g = g * sign + p * decay if coupled else g * sign
         mean = m + (g - m) * keep1
         before = v.sqrt()
         eta = 1 / (before * v_scale + eps)
-        p.copy_(p * shrink + mean * (eta * (1 - one) + one) * factor)
+        used = torch.where(v == 0, untouched, eta) if norm is None else eta
+        p.copy_(p * shrink + mean * used * factor)
         m.copy_(mean)
         after = v * beta2 + (1 - beta2) * g * g
         v.copy_(after)
-        rate = 1 / ((before if lagged else after.sqrt()) * next_v_scale + eps)
+        rate = 1 / ((before if norm == "lagged" else after.sqrt()) * next_v_scale + eps)
         sums.append((rate * rate).sum())
     return torch.stack(sums)
 
@@ -88,21 +89,22 @@ def fused_update(
     rows: Sequence[tuple],
     hyper: tuple[float, ...],
     coupled: bool,
-    lagged: bool,
+    norm: str | None,
 ) -> Tensor | None:
     """Run the compiled kernel; returns ``None`` where nothing can be compiled, with nothing changed.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: real tensors of one dtype on one device.
-        rows: per tensor the scale of the root of v now and at the next step, -lr gamma / bias correction, the
-            decoupled shrinkage, and 1 where the rate is to be one; floats or 0-d tensors.
-        hyper: 1 - beta1, beta2, eps, the L2 penalty, and the sign of the gradient.
+        rows: per tensor the scale of the root of v now and at the next step, -lr gamma / bias correction, and the
+            decoupled shrinkage; floats or 0-d tensors.
+        hyper: 1 - beta1, beta2, eps, the L2 penalty, the sign of the gradient, and the rate of an entry without a
+            second moment under ``norm=None``.
         coupled: whether the penalty enters the gradient.
-        lagged: whether the sums are to be those of the official code.
+        norm: ``"lagged"`` makes the sums those of the official code.
     """
     global _unavailable
     dtype, device = params[0].dtype, params[0].device
-    key = tuple([p.shape for p in params]), dtype, device, coupled, lagged
+    key = tuple([p.shape for p in params]), dtype, device, coupled, norm
     if any(isinstance(x, Tensor) for x in rows[0]):
         entries = [torch.as_tensor(x, dtype=dtype, device=device) for row in rows for x in row]
         table = torch.stack(entries).view(-1, len(rows[0]))
@@ -110,7 +112,7 @@ def fused_update(
         table = torch.tensor(rows, dtype=dtype, device=device)
     kernel = compiled_kernel(key)
     try:
-        sums = kernel(params, grads, exp_avgs, exp_avg_sqs, table, _hyper_tensor(hyper, dtype, device), coupled, lagged)
+        sums = kernel(params, grads, exp_avgs, exp_avg_sqs, table, _hyper_tensor(hyper, dtype, device), coupled, norm)
     except Exception as error:
         if key in _ready:  # it ran before: this is no failure to compile
             raise

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from effnb.common import check_choice
 from effnb.optim.avagrad.fused import check_fusable
-from effnb.optim.functional import Rule, check_grads, take_step
+from effnb.optim.functional import Rule, check_grads, joint_gamma, take_step
 
 STATE = ("exp_avg", "exp_avg_sq", "step")
 
@@ -85,13 +85,19 @@ class DelayedRate(Optimizer):
             if group["fused"]:
                 check_fusable([p for p in group["params"] if p.grad is not None])
         with torch.set_grad_enabled(any(group["differentiable"] for group in self.param_groups)):
+            work = []  # per group with a gradient: the group, its rule, and what a step reads and writes
             for group in self.param_groups:
-                params = [p for p in group["params"] if p.grad is not None]
-                if not params:
-                    continue
-                states = [self._state_of(p, group["capturable"]) for p in params]
-                columns = ([state[name] for state in states] for name in STATE)
-                rule = Rule(**{name: group[name] for name in Rule._fields})
+                if params := [p for p in group["params"] if p.grad is not None]:
+                    states = [self._state_of(p, group["capturable"]) for p in params]
+                    columns = [[state[name] for state in states] for name in STATE]
+                    rule = Rule(**{name: group[name] for name in Rule._fields})
+                    work.append((group, rule, params, columns, states))
+            jointly = [(p, columns[1], columns[2], rule) for _, rule, p, columns, _ in work if rule.norm_scope == "all"]
+            if jointly:
+                gamma = joint_gamma(jointly)
+            for group, rule, params, columns, states in work:
+                if rule.norm_scope == "all":
+                    group["gamma"], rule = gamma, rule._replace(norm="given")
                 grads = [p.grad for p in params]
                 group["gamma"] = take_step(params, grads, *columns, rule, group["gamma"], carries=states)
         return loss
@@ -125,6 +131,13 @@ class AvaGrad(DelayedRate):
       ``lr * weight_decay`` (as ``torch.optim.AdamW``) and is not divided by the adaptive rates.
     * At the first step of a parameter its second moment is still zero. ``first_step="skip"`` only fills the moments
       (as the official code does, decoupled decay included), ``"sgd"`` takes the plain step ``w - lr * g`` of the paper.
+    * ``norm_scope="all"`` takes the norm over all parameter groups together, so that groups made for weight decay alone
+      (biases and norms without it) leave the method what it was. It costs one more pass over the second moments.
+    * An entry that had no gradient yet, such as the row of an embedding that is seen for the first time, has the rate
+      ``1 / eps``, far above the others where ``eps`` is small.
+    * Sharded parameters (``DTensor``: ``fully_shard``, tensor parallelism) have one norm over all ranks. The older
+      ``FullyShardedDataParallel`` and ``ZeroRedundancyOptimizer`` hand each rank plain pieces, of which nobody can tell
+      the whole: ``gamma`` is then each rank's own.
     * ``norm="lagged"`` reproduces the official code to rounding: it normalises with a ``gamma`` left behind by the step
       before, from a second moment that is one step too old for its bias correction. For comparison only.
 
@@ -144,10 +157,13 @@ class AvaGrad(DelayedRate):
         capturable: keep counters and normaliser as tensors on the device, so that a graph can be captured.
         differentiable: let autograd see the steps.
         error_if_nonfinite: raise before a step with nan or inf in a gradient.
+        norm_scope: ``"group"``, a normaliser for each parameter group, or ``"all"``, one for all; the choice is a
+            group's own.
 
     Raises:
         TypeError: ``lr``, ``eps`` or ``weight_decay`` is no number.
-        ValueError: a hyper-parameter out of range, an unknown ``norm`` or ``first_step``, ``foreach`` with ``fused``.
+        ValueError: a hyper-parameter out of range, an unknown ``norm``, ``norm_scope`` or ``first_step``, ``foreach``
+            with ``fused``, or ``norm="lagged"`` over all groups.
 
     Reference: savarese2021avagrad.
 
@@ -178,10 +194,11 @@ class AvaGrad(DelayedRate):
         capturable: bool = False,
         differentiable: bool = False,
         error_if_nonfinite: bool = False,
+        norm_scope: str = "group",
     ) -> None:
         check_choice("norm", norm, ("current", "lagged"))
         options = (decoupled_weight_decay, norm, first_step, foreach, fused, maximize, capturable, differentiable)
-        super().__init__(params, Rule(lr, betas, eps, weight_decay, *options), error_if_nonfinite)
+        super().__init__(params, Rule(lr, betas, eps, weight_decay, *options, norm_scope), error_if_nonfinite)
 
 
 class AvaGradW(AvaGrad):
@@ -220,8 +237,9 @@ class DelayedAdam(DelayedRate):
     .. math:: w_t = w_{t-1} - \frac{lr}{\sqrt{v_{t-1}/(1-\beta_2^{t-1})} + \epsilon} \frac{m_t}{1-\beta_1^t}
 
     Rate and gradient are then independent given the past, which restores the convergence rate of SGD. It is AvaGrad
-    without the normaliser; at its first step, where there is no second moment yet, it takes no step (``"skip"``) or
-    ``w - lr * g`` (``"sgd"``).
+    without the normaliser. An entry without a second moment yet, at the first step or at its first gradient other than
+    zero, takes no step (``"skip"``) or ``w - lr * g`` (``"sgd"``): the formula's ``lr / eps`` would throw it far away.
+    For the same reason take a larger ``eps`` than Adam's where entries see their gradients rarely.
 
     Args:
         params, lr, betas, weight_decay, decoupled_weight_decay, first_step: as :class:`AvaGrad`.
