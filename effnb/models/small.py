@@ -3,18 +3,16 @@
 import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import Generator, Tensor, nn
 
 
 def initialize(module: nn.Module, generator: Generator | None = None) -> nn.Module:
-    """Draw all convolution and linear weights anew (He, fan-in, for ReLU), biases zero; returns ``module``.
+    """Draw all convolution and linear weights anew (He, fan-in, for ReLU), biases zero; return ``module`` itself.
 
     Args:
         module: any module; normalisation layers keep their defaults.
         generator: the stream to draw from; ``None`` leaves ``module`` as torch initialised it.
-
-    Returns:
-        The same module, changed in place.
 
     Reference: he2015delving.
 
@@ -38,10 +36,7 @@ def mlp(sizes: Sequence[int], generator: Generator | None = None) -> nn.Sequenti
 
     Args:
         sizes: widths from input to output, at least two, all >= 1.
-        generator: stream for the weights (see :func:`initialize`).
-
-    Returns:
-        A module that maps ``(batch, ...)`` with ``sizes[0]`` entries each to ``(batch, sizes[-1])``.
+        generator: stream for the weights (see :func:`initialize`); torch's global one is then left alone.
 
     Raises:
         ValueError: fewer than two sizes, or a size below 1.
@@ -54,8 +49,9 @@ def mlp(sizes: Sequence[int], generator: Generator | None = None) -> nn.Sequenti
     if len(sizes) < 2 or min(sizes) < 1:
         raise ValueError(f"sizes must hold at least two widths >= 1, got {list(sizes)}")
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-        layers += [nn.ReLU()] * (i > 0) + [nn.Linear(fan_in, fan_out)]
+    with torch.random.fork_rng(devices=[], enabled=generator is not None):  # layers draw weights when they are made
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+            layers += [nn.ReLU()] * (i > 0) + [nn.Linear(fan_in, fan_out)]
     return initialize(nn.Sequential(*layers), generator)
 
 
@@ -66,7 +62,7 @@ class SmallCNN(nn.Module):
         in_channels: channels of the images.
         classes: number of outputs.
         widths: channels of each convolution, at least one.
-        generator: stream for the weights (see :func:`initialize`).
+        generator: as in :func:`mlp`.
 
     Raises:
         ValueError: no width, or a count below 1.
@@ -88,11 +84,12 @@ class SmallCNN(nn.Module):
             raise ValueError(f"in_channels, classes and widths must be >= 1, got {in_channels}, {classes}, {widths}")
         super().__init__()
         layers: list[nn.Module] = []
-        for i, (fan_in, fan_out) in enumerate(zip((in_channels, *widths[:-1]), widths, strict=True)):
-            layers += [nn.MaxPool2d(2)] * (i > 0)
-            layers += [nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
-        self.features = nn.Sequential(*layers)
-        self.head = nn.Linear(widths[-1], classes)
+        with torch.random.fork_rng(devices=[], enabled=generator is not None):
+            for i, (fan_in, fan_out) in enumerate(itertools.pairwise((in_channels, *widths))):
+                layers += [nn.MaxPool2d(2)] * (i > 0)
+                layers += [nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
+            self.features = nn.Sequential(*layers)
+            self.head = nn.Linear(widths[-1], classes)
         initialize(self, generator)
 
     def forward(self, x: Tensor) -> Tensor:

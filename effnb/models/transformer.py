@@ -6,12 +6,7 @@ from torch import Generator, Tensor, nn
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm block: causal self-attention by ``q``, ``k``, ``v``, ``o``, then ``f1``, GELU, ``f2``.
-
-    Args:
-        width: features of a token, a multiple of ``heads``.
-        heads: attention heads.
-        hidden: features between ``f1`` and ``f2``.
+    """Pre-norm block: causal self-attention by ``q``, ``k``, ``v``, ``o``, then ``f1`` (to ``hidden``), GELU, ``f2``.
 
     Reference: vaswani2017attention
 
@@ -44,7 +39,7 @@ class CharTransformer(nn.Module):
         depth: number of blocks.
         heads: attention heads.
         context: longest text that it reads.
-        generator: stream for the weights; ``None`` draws from torch's global one.
+        generator: stream for the weights, torch's global one is then left alone; ``None`` draws from that.
 
     Raises:
         ValueError: a count below 1, or a width that the heads do not divide; from ``forward``, a text longer than the
@@ -73,15 +68,13 @@ class CharTransformer(nn.Module):
             )
         super().__init__()
         self.context = context
-        self.embed, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads, 4 * width) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-        self._draw(generator, (2 * depth) ** -0.5)
-
-    def _draw(self, generator: Generator | None, shrink: float) -> None:
+        with torch.random.fork_rng(devices=[], enabled=generator is not None):  # layers draw when they are made
+            self.embed, self.position = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+            self.blocks = nn.Sequential(*(TransformerBlock(width, heads, 4 * width) for _ in range(depth)))
+            self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
-                scale = shrink if name.endswith((".o", ".f2")) else 1.0
+                scale = (2 * depth) ** -0.5 if name.endswith((".o", ".f2")) else 1.0
                 nn.init.normal_(layer.weight, std=scale * layer.in_features**-0.5, generator=generator)
                 nn.init.zeros_(layer.bias)
             elif isinstance(layer, nn.Embedding):

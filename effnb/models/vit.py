@@ -7,10 +7,6 @@ from torch import Generator, Tensor, nn
 class Attention(nn.Module):
     """Multi-head self-attention over ``(batch, tokens, width)`` with linear layers ``qkv`` and ``proj``.
 
-    Args:
-        width: channels, a multiple of ``heads``.
-        heads: attention heads.
-
     Reference: dosovitskiy2021image
     """
 
@@ -29,11 +25,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """``fc2(GELU(fc1(x)))``.
-
-    Args:
-        width: channels.
-        hidden: channels in between.
+    """``fc2(GELU(fc1(x)))``, from ``width`` channels by ``hidden`` ones to ``width``.
 
     Reference: dosovitskiy2021image
     """
@@ -50,12 +42,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block.
-
-    Args:
-        width: channels.
-        heads: attention heads.
-        mlp_ratio: hidden channels of the MLP over ``width``.
+    """One pre-norm transformer block: :class:`Attention`, then an :class:`Mlp` with ``mlp_ratio * width`` in between.
 
     Reference: dosovitskiy2021image
     """
@@ -84,8 +71,8 @@ class ViT(nn.Module):
         heads: attention heads.
         mlp_ratio: hidden channels of the MLPs over ``width``.
         class_token: read out a class token (token 0) instead of the mean of all tokens.
-        generator: stream for the weights; ``None`` leaves the layers as torch initialises them and draws the
-            embeddings from torch's global stream.
+        generator: stream for the weights, torch's global one is then left alone; ``None`` leaves the layers as torch
+            initialises them and draws the embeddings from the global stream.
 
     Raises:
         ValueError: a count below 1, an image that is no multiple of the patch, a width that is none of the heads.
@@ -117,16 +104,13 @@ class ViT(nn.Module):
             raise ValueError(f"width must be a multiple of heads = {heads}, got {width}")
         super().__init__()
         self.grid = (image_size // patch, image_size // patch)
-        self.patches = nn.Conv2d(in_channels, width, patch, stride=patch)
-        tokens = self.grid[0] * self.grid[1] + class_token
-        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
-        self.positions = nn.Parameter(torch.empty(1, tokens, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, mlp_ratio) for _ in range(depth)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, classes)
-        self._draw(generator)
-
-    def _draw(self, generator: Generator | None) -> None:
+        with torch.random.fork_rng(devices=[], enabled=generator is not None):  # layers draw when they are made
+            self.patches = nn.Conv2d(in_channels, width, patch, stride=patch)
+            tokens = self.grid[0] * self.grid[1] + class_token
+            self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if class_token else None
+            self.positions = nn.Parameter(torch.empty(1, tokens, width))
+            self.blocks = nn.Sequential(*(Block(width, heads, mlp_ratio) for _ in range(depth)))
+            self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
         nn.init.trunc_normal_(self.positions, std=0.02, generator=generator)
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02, generator=generator)

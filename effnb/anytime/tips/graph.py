@@ -1,5 +1,6 @@
 """Supernets as graphs: operations are edges, feature maps are nodes, node 0 is the input and the last the output."""
 
+import graphlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,11 +26,7 @@ def as_rng(rng: Rng) -> np.random.Generator:
 
 
 def check_adjacency(adjacency: Array, name: str = "adjacency") -> Array:
-    """The matrix as ``bool`` after all checks: square, binary, acyclic, nodes in topological order, a path to the end.
-
-    Raises:
-        ValueError: naming the rule that is broken, with the cycle if there is one.
-    """
+    """The matrix as ``bool``, checked as :func:`prune_to_terminals` says, with only the edges on some path."""
     a = np.asarray(adjacency)
     if a.ndim != 2 or a.shape[0] != a.shape[1] or len(a) < 2:
         raise ValueError(f"{name} must be a square matrix of at least 2 nodes, got shape {a.shape}")
@@ -37,44 +34,30 @@ def check_adjacency(adjacency: Array, name: str = "adjacency") -> Array:
     if a.dtype != bool and not (a == binary).all():
         raise ValueError(f"{name} must be binary, got the value {a[a != binary].flat[0]}")
     if np.tril(binary).any():
-        alive = binary.copy()
-        while (dead := ~alive.any(1) & alive.any(0)).any():  # nodes without a way out lie on no cycle
-            alive[:, dead] = False
-        if alive.any():  # every node that is left leads on: a walk must come back to itself
-            walk = [int(alive.any(1).argmax())]
-            while (following := int(alive[walk[-1]].argmax())) not in walk:
-                walk.append(following)
-            cycle = [*walk[walk.index(following) :], following]
-            raise ValueError(f"{name} must be acyclic, got the cycle {' -> '.join(map(str, cycle))}")
-        i, j = (int(k[0]) for k in np.nonzero(np.tril(binary)))
+        try:
+            graphlib.TopologicalSorter({v: np.flatnonzero(into) for v, into in enumerate(binary.T)}).prepare()
+        except graphlib.CycleError as error:
+            raise ValueError(f"{name} must be acyclic, got the cycle {' -> '.join(map(str, error.args[1]))}") from None
+        i, j = np.argwhere(np.tril(binary))[0]
         raise ValueError(f"{name} must have its nodes in topological order, got the edge {i} -> {j}")
-    if not nodes_on_paths(binary)[-1]:
-        raise ValueError(f"{name} must have a path from node 0 to node {len(a) - 1}, got none")
-    return binary
-
-
-def nodes_on_paths(a: Array) -> Array:
-    """``(n,)``: whether a node of a topologically ordered graph lies on a path from the first to the last node."""
-    n = len(a)
-    ahead, back = np.zeros(n, bool), np.zeros(n, bool)
+    ahead, back = np.zeros((2, len(a)), bool)  # nodes that the input leads to, nodes that lead to the output
     ahead[0] = back[-1] = True
-    for v in range(n):
+    for v in range(len(a)):
         if ahead[v]:
-            ahead |= a[v]
-        u = n - 1 - v
-        if back[u]:
-            back |= a[:, u]
-    return ahead & back
+            ahead |= binary[v]
+        if back[-1 - v]:
+            back |= binary[:, -1 - v]
+    if not ahead[-1]:
+        raise ValueError(f"{name} must have a path from node 0 to node {len(a) - 1}, got none")
+    on = ahead & back
+    return binary & on[:, None] & on
 
 
 def prune_to_terminals(adjacency: Array) -> Array:
-    """Return the matrix with only the edges on some path from node 0 to the last node.
+    """Return a copy of the matrix with only the edges on some path from node 0 to the last node.
 
     Args:
         adjacency: ``(n, n)``, binary, nodes in topological order.
-
-    Returns:
-        A new matrix of the same dtype; rows and columns of nodes off all paths are zero.
 
     Raises:
         ValueError: not square, not binary, cyclic (the cycle is named), not in topological order, or no path.
@@ -82,8 +65,7 @@ def prune_to_terminals(adjacency: Array) -> Array:
     >>> prune_to_terminals(np.array([[0, 1, 1], [0, 0, 0], [0, 0, 0]])).tolist()  # node 1 leads nowhere
     [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
     """
-    on = nodes_on_paths(check_adjacency(adjacency))
-    return np.where(on[:, None] & on, adjacency, 0).astype(np.asarray(adjacency).dtype)
+    return check_adjacency(adjacency).astype(np.asarray(adjacency).dtype)
 
 
 @dataclass(frozen=True)
@@ -121,8 +103,8 @@ class SuperGraph:
     @classmethod
     def from_adjacency(cls, adjacency: Array) -> "SuperGraph":
         """Return the graph of a binary ``(n, n)`` matrix."""
-        a = check_adjacency(adjacency)
-        return cls(len(a), tuple(zip(*(k.tolist() for k in np.nonzero(a)), strict=True)))
+        check_adjacency(adjacency)
+        return cls(len(adjacency), np.argwhere(np.asarray(adjacency)))
 
     @property
     def num_edges(self) -> int:
@@ -132,8 +114,7 @@ class SuperGraph:
     @cached_property
     def ends(self) -> tuple[Array, Array]:
         """Sources and targets of the edges, ``(E,)`` each."""
-        pairs = np.array(self.edges, int).reshape(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
+        return tuple(np.array(self.edges, int).reshape(-1, 2).T)
 
     @cached_property
     def adjacency(self) -> Array:
@@ -230,7 +211,9 @@ def sample_masks(
     anchor_keep: float = 1.0,
     rng: Rng,
 ) -> Array:
-    """Return edge masks of random subnetworks: operations kept one by one, pruned, drawn again where no path is left.
+    """Return edge masks ``(count, E)`` of random subnetworks: operations kept one by one, then pruned.
+
+    Where no path from input to output is left, a subnetwork is drawn again.
 
     Args:
         graph: the supernet.
@@ -239,9 +222,6 @@ def sample_masks(
         anchor: nodes of a path whose operations are kept with ``anchor_keep`` instead.
         anchor_keep: probability in (0, 1].
         rng: generator or seed.
-
-    Returns:
-        ``(count, E)`` bool.
 
     Raises:
         ValueError: a probability or ``count`` out of range, an anchor that is no path, or no path in 64 000 draws.
@@ -275,17 +255,10 @@ def sample_masks(
 def sample_subgraph(
     graph: SuperGraph, keep: float, *, anchor: Sequence[int] | None = None, anchor_keep: float = 1.0, rng: Rng
 ) -> Array:
-    """Return one random subnetwork as a pruned adjacency matrix.
+    """Return one random subnetwork as a pruned adjacency matrix ``(n, n)`` of zeros and ones.
 
     Args:
-        graph, keep, anchor, anchor_keep, rng: as :func:`sample_masks`.
-
-    Returns:
-        ``(n, n)`` zeros and ones.
-
-    Raises:
-        TypeError: as :func:`sample_masks`.
-        ValueError: as :func:`sample_masks`.
+        graph, keep, anchor, anchor_keep, rng: as :func:`sample_masks`, which also says what raises.
 
     >>> sample_subgraph(SuperGraph(3, [(0, 1), (1, 2), (0, 2)]), 1.0, rng=0).tolist()
     [[0, 1, 1], [0, 0, 1], [0, 0, 0]]

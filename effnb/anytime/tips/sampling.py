@@ -8,15 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from effnb.anytime.tips.graph import (
-    Rng,
-    SuperGraph,
-    as_rng,
-    check_adjacency,
-    check_keeps,
-    prune_to_terminals,
-    sample_masks,
-)
+from effnb.anytime.tips.graph import Rng, SuperGraph, as_rng, check_adjacency, check_keeps, sample_masks
 from effnb.anytime.tips.scores import most_important_path, topological_scores
 from effnb.common import check_count
 
@@ -24,19 +16,13 @@ Array = np.ndarray
 STOCK = 256  # subnetworks drawn at once: one at a time would cost more than the training step
 
 
-# ---------------------------------------------------------------- equal cost
-
-
 def shares(graph: SuperGraph, masks: Array, costs: Array | None = None) -> Array:
-    """Return the share of the supernet's cost that subnetworks keep.
+    """Return the shares ``(...)`` in [0, 1] of the supernet's cost that subnetworks keep.
 
     Args:
         graph: the supernet.
         masks: ``(..., E)`` operations that are kept.
         costs: ``(E,)`` positive costs of the operations; ``None`` counts operations.
-
-    Returns:
-        ``(...)`` numbers in [0, 1].
 
     Raises:
         ValueError: costs that are not positive or not one an operation.
@@ -56,13 +42,7 @@ def expected_share(graph: SuperGraph, keep: float, *, costs: Array | None = None
 
 
 def matched_keep(
-    graph: SuperGraph,
-    share: float,
-    anchor: Sequence[int],
-    *,
-    costs: Array | None = None,
-    draws: int = 1024,
-    rng: Rng,
+    graph: SuperGraph, share: float, anchor: Sequence[int], *, costs: Array | None = None, draws: int = 1024, rng: Rng
 ) -> float:
     """The probability in [0, 1] at which anchored sampling has the expected cost ``share``, by bisection."""
     kept = graph.path_edges(anchor)
@@ -78,26 +58,14 @@ def matched_keep(
     return low
 
 
-# ---------------------------------------------------------------- budgets
-
-
 def fill_budget(
     graph: SuperGraph, budget: float, anchors: Sequence[Sequence[int]], priority: Array, *, costs: Array | None = None
 ) -> Array:
     """Grow k paths to maximal subnetworks ``(k, n, n)`` within a budget, operations taken greedily by priority.
 
-    An operation that hangs loose costs nothing until others join it to input and output; one that would exceed the
-    budget is left out. What hangs loose at the end is pruned.
-
-    Args:
-        graph: the supernet.
-        budget: largest share of the supernet's cost, in (0, 1].
-        anchors: k paths to start from, as nodes.
-        priority: ``(k, E)``, higher is taken first; ties go to the lexicographically first edge.
-        costs: of the operations, as :func:`shares`.
-
-    Raises:
-        ValueError: a budget below the cost of a path or above 1, an anchor that is no path, priorities that do not fit.
+    The highest of ``(k, E)`` priorities comes first, of equal ones the lexicographically first edge. An operation that
+    hangs loose costs nothing until others join it to input and output; one that would exceed the budget is left out.
+    What hangs loose at the end is pruned.
     """
     kept, priority = np.array([graph.path_edges(path) for path in anchors]), np.asarray(priority, float)
     if priority.shape != kept.shape or np.isnan(priority).any():
@@ -123,7 +91,7 @@ def candidate_subnetworks(
     costs: Array | None = None,
     rng: Rng,
 ) -> Array:
-    """Return subnetworks within a budget for validation to choose from: one greedy by node scores, the others random.
+    """Return subnetworks ``(k, n, n)`` within a budget, to choose from: one greedy by node scores, the others random.
 
     The first takes operations by the scores of their two end nodes, the others in random order, as long as they fit.
     All start from ``anchor``, or each from a random path of its own; none can grow within the budget.
@@ -136,9 +104,6 @@ def candidate_subnetworks(
         k: number of candidates, >= 1.
         costs: ``(E,)`` positive costs of the operations; ``None`` counts operations.
         rng: generator or seed.
-
-    Returns:
-        ``(k, n, n)``.
 
     Raises:
         ValueError: ``k`` below 1, scores that do not fit, a budget below the cost of a path or above 1, an anchor that
@@ -155,9 +120,6 @@ def candidate_subnetworks(
     orders = [scores[graph.ends[0]] + scores[graph.ends[1]], *rng.random((k - 1, graph.num_edges))]
     starts = [graph.random_path(rng) if anchor is None else anchor for _ in orders]
     return fill_budget(graph, budget, starts, np.array(orders), costs=costs)
-
-
-# ---------------------------------------------------------------- samplers
 
 
 class UniformSampler:
@@ -184,20 +146,18 @@ class UniformSampler:
     anchor_keep = 1.0
 
     def __init__(self, graph: SuperGraph, keeps: float | Sequence[float] = (0.25, 0.5, 0.75), *, rng: Rng) -> None:
-        keeps = np.atleast_1d(np.asarray(keeps, float))
-        if not len(keeps):
+        if not np.size(keeps):
             raise ValueError("keeps must hold at least one probability, got none")
         self.graph, self.rng = graph, as_rng(rng)
-        self.keeps = check_keeps(keeps, len(keeps), self.anchor is not None)
+        self.keeps = check_keeps(keeps, np.size(keeps), self.anchor is not None)
         self._stock = np.zeros((0, graph.num_edges), bool)
 
     def __call__(self, T: int) -> Array:
         """Return ``(T, n, n)`` subnetworks."""
         check_count("T", T, ge=0)
         if len(self._stock) < T:
-            options = {"anchor": self.anchor, "anchor_keep": self.anchor_keep, "rng": self.rng}
-            count = max(T, STOCK)
-            fresh = sample_masks(self.graph, self.rng.choice(self.keeps, count), count, **options)
+            keeps, options = self.rng.choice(self.keeps, max(T, STOCK)), {"anchor": self.anchor, "rng": self.rng}
+            fresh = sample_masks(self.graph, keeps, len(keeps), anchor_keep=self.anchor_keep, **options)
             self._stock = np.concatenate([self._stock, fresh])
         taken, self._stock = self._stock[:T], self._stock[T:]
         return self.graph.matrices(taken)
@@ -221,7 +181,6 @@ class AnchoredSampler(UniformSampler):
         rng: generator or seed.
 
     Raises:
-        TypeError: ``rng`` is ``None``.
         ValueError: an anchor that is no path or costs more than the expected cost, wrong probabilities.
 
     >>> graph = SuperGraph(4, [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3)])
@@ -257,8 +216,7 @@ class TIPSSampler(AnchoredSampler):
         keeps: the probabilities of the uniform sampler whose expected cost is matched.
         T: subnetworks of one training step, coupled in one chain.
         blocks: chains whose scores are averaged; by default 16 of 4 subnetworks, 64 in all.
-        lam: coupling of the chain.
-        closure: of the chain.
+        lam, closure: of the chain.
         reduction: of the path score.
         refresh_every: estimate scores and path again after this many calls; ``None`` keeps the first.
         rng: generator or seed.
@@ -288,22 +246,20 @@ class TIPSSampler(AnchoredSampler):
         rng: Rng,
         **options: object,
     ) -> None:
-        rng = as_rng(rng)
+        self.graph, self.rng, self.reduction = graph, as_rng(rng), reduction
         # Scores come from uniform sampling: an anchor would vote for itself.
-        self._source, self._chain = SandwichSampler(UniformSampler(graph, keeps, rng=rng)), (T, blocks, lam, closure)
-        self._options, self._wanted, self.reduction = options, keeps, reduction
+        self._source = SandwichSampler(UniformSampler(graph, keeps, rng=self.rng))
+        self._chain, self._options = (T, blocks, lam, closure), {"keeps": keeps, **options}
         self.refresh_every, self._calls = refresh_every, 0
-        self.graph, self.rng = graph, rng
         self.refresh()
 
     def refresh(self) -> None:
         """Estimate the scores from fresh subnetworks and take the path that is important now."""
         self.tas = mean_scores(self._source, *self._chain)
         path = most_important_path(self.graph.adjacency, self.tas, self.reduction)
-        super().__init__(self.graph, path, self._wanted, rng=self.rng, **self._options)
+        super().__init__(self.graph, path, rng=self.rng, **self._options)
 
     def __call__(self, T: int) -> Array:
-        """Return ``(T, n, n)`` subnetworks."""
         self._calls += 1
         if self.refresh_every and self._calls % self.refresh_every == 0:
             self.refresh()
@@ -351,8 +307,7 @@ class JointSampler:
     def __init__(self, subnetworks: Sequence[Array]) -> None:
         if len(subnetworks) == 0:
             raise ValueError("subnetworks must hold at least one matrix, got none")
-        checked = [check_adjacency(a, f"subnetworks[{k}]") for k, a in enumerate(subnetworks)]
-        self._all = np.array([prune_to_terminals(a) for a in checked]).astype(int)
+        self._all = np.array([check_adjacency(a, f"subnetworks[{k}]") for k, a in enumerate(subnetworks)], int)
 
     def __call__(self, T: int) -> Array:
         """Return all subnetworks; ``T`` must be their number."""
@@ -370,8 +325,7 @@ def mean_scores(
         sampler: gives ``(T, n, n)`` subnetworks when called with T.
         T: subnetworks of a chain, >= 1.
         blocks: number of chains, >= 1.
-        lam: coupling.
-        closure: ``"cyclic"`` or ``"symmetric"``.
+        lam, closure: of the chains.
 
     Raises:
         ValueError: ``blocks`` below 1, see :func:`topological_scores`.

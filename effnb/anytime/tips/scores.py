@@ -11,27 +11,13 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph, linalg
 
-from effnb.anytime.tips.graph import SuperGraph, check_adjacency, nodes_on_paths
+from effnb.anytime.tips.graph import Rng, SuperGraph, check_adjacency
 from effnb.common import check_choice
 
 Array = np.ndarray
 Matrix = np.ndarray | sparse.csr_array
 DENSE_LIMIT = 500  # states; beyond, sparse LU beats the dense solve on all but complete graphs
 TIE = 1e-12  # scores closer than this times the largest score are ties: a solver leaves noise of 1e-16
-
-
-# ---------------------------------------------------------------- the chain
-
-
-def _pruned(adjs: Sequence[Array]) -> list[Array]:
-    """The matrices, checked, without nodes off all paths, as floats."""
-    if len(adjs) == 0:
-        raise ValueError("adjs must hold at least one adjacency matrix, got none")
-    checked = [check_adjacency(a, f"adjs[{k}]") for k, a in enumerate(adjs)]
-    if len({a.shape for a in checked}) > 1:
-        raise ValueError(f"adjs must have one size, got {sorted({len(a) for a in checked})}")
-    on = [nodes_on_paths(a) for a in checked]
-    return [(a & o[:, None] & o).astype(float) for a, o in zip(checked, on, strict=True)]
 
 
 def hyper_adjacency(
@@ -53,8 +39,8 @@ def hyper_adjacency(
         states, and ``present`` ``(T, n)``.
 
     Raises:
-        ValueError: no matrix, sizes that differ, a matrix that is not square, binary, acyclic or ordered or has no
-            path, ``lam`` out of range, unknown ``closure``.
+        ValueError: no matrix, sizes that differ, a matrix that :func:`prune_to_terminals` refuses, ``lam`` out of
+            range, unknown ``closure``.
 
     Reference: li2023tips, taylor2017eigenvector.
 
@@ -68,12 +54,17 @@ def hyper_adjacency(
         raise ValueError(f"lam must be >= 0 and finite, got {lam}")
     if lam == 0 and T > 1:
         raise ValueError(f"lam must be > 0 for {T} subnetworks, got 0: the chain falls apart (method='per-block')")
-    pruned = _pruned(adjs)
-    n, present = len(pruned[0]), np.array([a.any(0) | a.any(1) for a in pruned])
-    blocks = [a + a.T if closure == "symmetric" else a for a in pruned]
-    if closure == "cyclic":
-        for block in blocks:
-            block[-1, 0] = 1.0
+    if T == 0:
+        raise ValueError("adjs must hold at least one adjacency matrix, got none")
+    pruned = [check_adjacency(a, f"adjs[{k}]") for k, a in enumerate(adjs)]
+    if len(sizes := {len(a) for a in pruned}) > 1:
+        raise ValueError(f"adjs must have one size, got {sorted(sizes)}")
+    blocks = np.array(pruned, float)
+    n, present = blocks.shape[-1], blocks.any(1) | blocks.any(2)
+    if closure == "symmetric":
+        blocks += blocks.transpose(0, 2, 1)
+    else:
+        blocks[:, -1, 0] = 1.0
     if T * n > DENSE_LIMIT if sparse_output is None else sparse_output:
         i, j = np.nonzero(~np.eye(T, dtype=bool))
         k, v = np.nonzero(present[i] & present[j])
@@ -88,14 +79,11 @@ def hyper_adjacency(
 
 
 def transition_matrix(H: Matrix, present: Array) -> Matrix:
-    """Return a hyper-adjacency matrix without its absent states, every row divided by its sum.
+    """Return ``H`` without its absent states, every row divided by its sum; dense or sparse as ``H``.
 
     Args:
         H: ``(T n, T n)``, dense or sparse.
         present: ``(T, n)``.
-
-    Returns:
-        The row-stochastic matrix over the present states, in their order; dense or sparse as ``H``.
 
     Raises:
         ValueError: the size of ``present`` does not fit, or a present state has no way out.
@@ -118,7 +106,7 @@ def transition_matrix(H: Matrix, present: Array) -> Matrix:
 def stationary_distribution(
     P: Matrix, method: str = "solve", *, tol: float = 1e-13, max_iter: int = 1_000_000
 ) -> Array:
-    r"""Return the law that the chain keeps, :math:`\pi P = \pi`, :math:`\sum \pi = 1`.
+    r"""Return the law ``(m,)`` that the chain keeps, :math:`\pi P = \pi`, :math:`\sum \pi = 1`.
 
     ``"solve"`` replaces one equation of the singular system by the sum (sparse LU beyond 500 states). ``"lazy"``
     iterates :math:`(I + P)/2`, which has the same law and no period; iterating ``P`` itself oscillates for a cyclic
@@ -129,9 +117,6 @@ def stationary_distribution(
         method: ``"solve"`` or ``"lazy"``.
         tol: the lazy iteration stops when no entry changes by more.
         max_iter: most steps of the lazy iteration.
-
-    Returns:
-        ``(m,)``, positive.
 
     Raises:
         ValueError: not square, negative entries, rows that do not sum to 1, a reducible chain, unknown ``method``.
@@ -176,9 +161,6 @@ def _solve(P: Matrix) -> Array:
     return law / law.sum()
 
 
-# ---------------------------------------------------------------- scores of nodes
-
-
 class TopologicalScores(NamedTuple):
     """What the chain says about the nodes.
 
@@ -206,9 +188,6 @@ def topological_scores(
         closure: ``"cyclic"`` or ``"symmetric"``.
         method: ``"solve"``, ``"lazy"``, or ``"per-block"``: without coupling, every subnetwork with mass 1/T.
 
-    Returns:
-        A :class:`TopologicalScores`.
-
     Raises:
         ValueError: see :func:`hyper_adjacency`; ``"per-block"`` with a coupling.
 
@@ -220,9 +199,9 @@ def topological_scores(
     if method == "per-block":
         if lam != 0:
             raise ValueError(f"lam must be 0 with method='per-block', got {lam}")
-        T, single = len(adjs), [topological_scores([a], 0.0, closure) for a in adjs]
-        pi, present = (np.concatenate([getattr(s, name) for s in single]) for name in ("pi", "present"))
-        return TopologicalScores(pi.sum(0) / T, pi / T, present)
+        single = [topological_scores([a], 0.0, closure) for a in adjs]
+        _, pi, present = map(np.concatenate, zip(*single, strict=True))
+        return TopologicalScores(pi.sum(0) / len(adjs), pi / len(adjs), present)
     H, present = hyper_adjacency(adjs, lam, closure, sparse_output=None)
     P = transition_matrix(H, present)
     pi = np.zeros(present.shape)
@@ -232,13 +211,10 @@ def topological_scores(
 
 
 def visit_probabilities(adjacency: Array) -> Array:
-    r"""Return how probably the uniform random walk from node 0 passes each node, :math:`N_v = \sum_u N_u / o_u`.
+    r"""Return how probably ``(n,)`` the uniform walk from node 0 passes each node, :math:`N_v = \sum_u N_u / o_u`.
 
     Args:
         adjacency: binary ``(n, n)`` in topological order; pruned first.
-
-    Returns:
-        ``(n,)``; 1 for input and output.
 
     Raises:
         ValueError: see :func:`prune_to_terminals`.
@@ -246,15 +222,12 @@ def visit_probabilities(adjacency: Array) -> Array:
     >>> visit_probabilities(np.triu(np.ones((4, 4)), 1))
     array([1.        , 0.33333333, 0.5       , 1.        ])
     """
-    (a,) = _pruned([adjacency])
+    a = check_adjacency(adjacency).astype(float)
     visits, degree = np.zeros(len(a)), a.sum(1)
     visits[0] = 1.0
     for v in np.flatnonzero(degree):
         visits += visits[v] / degree[v] * a[v]
     return visits
-
-
-# ---------------------------------------------------------------- scores of paths
 
 
 def _check_scores(tas: Array, reduction: str, n: int | None = None) -> Array:
@@ -292,16 +265,13 @@ def path_score(tas: Array, path: Sequence[int], reduction: str = "sum") -> float
 def most_important_path(adj: Array, tas: Array, reduction: str = "sum") -> list[int]:
     """Return the path from node 0 to the last node with the highest score; of equal ones the lexicographically first.
 
-    By dynamic programming, never by enumeration: ``"sum"`` takes one pass over the nodes in reverse order, ``"mean"`` a
-    table over (node, length). Scores within 1e-12 (relative to the largest) count as equal.
+    By dynamic programming over the nodes in reverse order (for ``"mean"`` over nodes and lengths), never by
+    enumeration. Scores within 1e-12 (relative to the largest) count as equal.
 
     Args:
         adj: binary ``(n, n)`` in topological order.
         tas: ``(n,)`` node scores; ``-tas`` finds the least important path.
         reduction: ``"sum"`` or ``"mean"``.
-
-    Returns:
-        Node numbers from 0 to n - 1.
 
     Raises:
         ValueError: see :func:`prune_to_terminals`; scores that do not fit, unknown ``reduction``.
@@ -318,45 +288,29 @@ def most_important_path(adj: Array, tas: Array, reduction: str = "sum") -> list[
     scores = _check_scores(tas, reduction, n)
     slack = TIE * max(float(np.abs(scores).max()), np.finfo(float).tiny)
     following = [row.nonzero()[0] for row in a]
-
-    def first_best(options: Array, values: Array) -> int:
-        return int(options[(values >= values.max() - slack).argmax()])  # noise of a solver does not decide a tie
-
-    if reduction == "sum":
-        ahead = np.full(n, -np.inf)  # best sum over the nodes from here to the end
-        ahead[last] = scores[last]
-        for v in range(last - 1, -1, -1):
-            if len(following[v]):
-                ahead[v] = scores[v] + ahead[following[v]].max()
+    # Best sum over the nodes from here to the end; for the mean, over exactly as many nodes as the column says.
+    exact = reduction == "mean"
+    ahead = np.full((n, n + 1) if exact else n, -np.inf)
+    ahead[(last, 1) if exact else last] = scores[last]
+    for v in range(last - 1, -1, -1):
+        if len(following[v]) and exact:
+            ahead[v, 1:] = scores[v] + ahead[following[v], :-1].max(0)
+        elif len(following[v]):
+            ahead[v] = scores[v] + ahead[following[v]].max()
+    best = ahead[0, 1:] / np.arange(1, n + 1) if exact else ahead[:1]
+    paths = []
+    for length in np.flatnonzero(best >= best.max() - slack) + 1:
         path = [0]
         while path[-1] != last:
             options = following[path[-1]]
-            path.append(first_best(options, ahead[options]))
-        return path
-
-    ahead = np.full((n, n + 1), -np.inf)  # best sum over exactly l nodes from here to the end
-    ahead[last, 1] = scores[last]
-    for v in range(last - 1, -1, -1):
-        if len(following[v]):
-            ahead[v, 1:] = scores[v] + ahead[following[v], :-1].max(0)
-    means = ahead[0, 1:] / np.arange(1, n + 1)
-    found = []
-    for length in np.flatnonzero(means >= means.max() - slack) + 1:
-        path = [0]
-        for left in range(length - 1, 0, -1):
-            options = following[path[-1]]
-            path.append(first_best(options, ahead[options, left]))
-        found.append(path)
-    return min(found)
+            values = ahead[options, length - len(path)] if exact else ahead[options]
+            path.append(int(options[(values >= values.max() - slack).argmax()]))  # a solver's noise decides no tie
+        paths.append(path)
+    return min(paths)
 
 
 def anchor_path(
-    graph: SuperGraph,
-    kind: str,
-    *,
-    tas: Array | None = None,
-    reduction: str = "sum",
-    rng: np.random.Generator | int | None = None,
+    graph: SuperGraph, kind: str, *, tas: Array | None = None, reduction: str = "sum", rng: Rng | None = None
 ) -> list[int]:
     """Return the path that a sampler always trains: the important one, or a control.
 
@@ -367,9 +321,6 @@ def anchor_path(
         tas: ``(n,)`` node scores for ``"tips"`` and ``"anti"``.
         reduction: of the path score.
         rng: generator or seed for ``"random"``.
-
-    Returns:
-        Node numbers; ties go to the lexicographically first path.
 
     Raises:
         ValueError: unknown ``kind``, or ``tas`` or ``rng`` is missing.

@@ -20,19 +20,12 @@ Masks = Tensor | np.ndarray
 
 
 class Operations(nn.Module):
-    """Operations from one level to another: weights ``(copies, edges, fan_in + 1, out)``, the bias in the last row.
+    """Operations from one level to another: weights ``(copies, edges, fan_in + 1, out)``, the bias in the last row."""
 
-    Args:
-        copies: independent supernets.
-        ends: level of the sources, level of the targets.
-        edges: numbers of the edges.
-        shape: fan-in and size of the output.
-    """
-
-    def __init__(self, copies: int, ends: tuple[int, int], edges: list[int], shape: tuple[int, int]) -> None:
+    def __init__(self, copies: int, source: int, target: int, edges: list[int], fan_in: int, out: int) -> None:
         super().__init__()
-        (self.source, self.target), self.edges, self.fan_in = ends, edges, shape[0]
-        self.weight = nn.Parameter(torch.empty(copies, len(edges), shape[0] + 1, shape[1]))
+        self.source, self.target, self.edges, self.fan_in = source, target, edges, fan_in
+        self.weight = nn.Parameter(torch.empty(copies, len(edges), fan_in + 1, out))
 
 
 class Active(NamedTuple):
@@ -52,13 +45,6 @@ class Active(NamedTuple):
         """Scaled responses ``(active, batch, out)`` of linear operations to values ``(rows, batch, in)``."""
         weight = self.chosen()
         return torch.baddbmm(weight[:, -1:], x.index_select(0, self.inputs), weight[:, :-1])
-
-
-class Step(NamedTuple):
-    """One level: how many rows of values it has, and the operations into it."""
-
-    rows: int
-    parts: list[Active]
 
 
 class StackedSupernet(nn.Module):
@@ -84,23 +70,18 @@ class StackedSupernet(nn.Module):
         for (target, source), edges in sorted(spans.items()):
             fan_in = sizes[0 if source == 0 else 1]
             shape = (fan_in, sizes[2]) if target == last else (fan_in * pixels, sizes[1])
-            self.groups.append(Operations(copies, (source, target), edges, shape))
-        self._index()
-
-    def _index(self) -> None:
-        """Constant tables of the plan: nodes in the order of the levels, edges in the order of the groups."""
-        groups, nodes = list(self.groups), [v for level in self.levels for v in level]
-        place = np.zeros(self.graph.n, int)
+            self.groups.append(Operations(copies, source, target, edges, *shape))
+        # Constant tables of the plan: nodes in the order of the levels, edges in the order of the groups.
+        nodes, place = list(level_of), np.zeros(graph.n, int)
         place[nodes] = np.arange(len(nodes))
-        self._order = np.array([e for ops in groups for e in ops.edges])
-        self._group = np.repeat(np.arange(len(groups)), [len(ops.edges) for ops in groups])
-        self._last = np.cumsum([len(level) for level in self.levels]) - 1  # node of every level
-        self._local = np.concatenate([np.arange(len(ops.edges)) for ops in groups])
-        self._count = np.concatenate([np.full(len(ops.edges), len(ops.edges)) for ops in groups])
-        self._start, self._end = (place[ends[self._order]] for ends in self.graph.ends)
-        self._into = (self.graph.ends[1] == np.array(nodes)[:, None]).astype(np.float32)
-        self._level = np.repeat(np.arange(len(self.levels)), [len(level) for level in self.levels])
-        self._once = self._level <= int(len(self.levels) > 2)  # nodes that depend on the input alone
+        widths, counts = [len(level) for level in self.levels], [len(ops.edges) for ops in self.groups]
+        self._order = np.concatenate([ops.edges for ops in self.groups])
+        self._group, self._count = np.repeat([np.arange(len(counts)), counts], counts, axis=1)
+        self._local = np.concatenate([np.arange(count) for count in counts])
+        self._start, self._end = (place[ends[self._order]] for ends in graph.ends)
+        self._into = (graph.ends[1] == np.array(nodes)[:, None]).astype(np.float32)
+        self._level, self._last = np.repeat(np.arange(len(widths)), widths), np.cumsum(widths) - 1  # its last node
+        self._once = self._level <= int(len(widths) > 2)  # nodes that depend on the input alone
         self._starts_once, self._ends_once = self._once[self._start], self._once[self._end]
 
     def reset_parameters(self, generator: Generator | Sequence[Generator] | None = None) -> None:
@@ -121,25 +102,21 @@ class StackedSupernet(nn.Module):
                 out[:, ops.edges] = ops.weight.grad.flatten(2).norm(dim=2)
         return out
 
-    def _checked(self, masks: Masks) -> np.ndarray:
-        """Masks as ``bool`` on the host, ``(T, E)`` or ``(copies, T, E)``."""
+    def _plan(self, masks: Masks) -> list[tuple[int, list[Active]]]:
+        """For each level its number of rows of values, and the operations into it; found in NumPy on the host.
+
+        Only nodes that are present get a row. The first level depends on the input alone and is computed once for all
+        subnetworks of a copy. This costs more than the products of a small net.
+        """
         given = np.asarray(masks.cpu() if isinstance(masks, Tensor) else masks)
         m = given.astype(bool, copy=False)
         if given.dtype != bool and not (given == m).all():
             raise ValueError(f"masks must be binary, got the value {given[given != m].flat[0]}")
-        lead = (self.copies,) if m.ndim == 3 or self.copies > 1 else ()
-        if m.ndim != len(lead) + 2 or m.shape[:-2] != lead or m.shape[-1] != self.graph.num_edges:
+        leads = [(), (1,)] if self.copies == 1 else [(self.copies,)]
+        if m.ndim < 2 or m.shape[:-2] not in leads or m.shape[-1] != self.graph.num_edges:
             wanted = f"({self.copies}, T, {self.graph.num_edges})"
             raise ValueError(f"masks must have shape {wanted}, or two dimensions for one copy, got {m.shape}")
-        return m
-
-    def _plan(self, masks: np.ndarray) -> list[Step]:
-        """What to compute, level by level, in NumPy on the host: this costs more than the products of a small net.
-
-        Only nodes that are present get a row of values. The first level depends on the input alone and is computed
-        once for all subnetworks of a copy.
-        """
-        T, m = masks.shape[-2], masks.reshape(-1, masks.shape[-1])  # subnetwork t of copy c is row c T + t
+        T, m = m.shape[-2], m.reshape(-1, m.shape[-1])  # subnetwork t of copy c is row c T + t
         # Where the subnetworks of a copy share a value, the first rows stand for the copies, one each.
         copies = np.arange(len(m)) < self.copies
         degree = self._into @ m.T.astype(np.float32)  # active operations into a node, (n, copies T)
@@ -164,9 +141,9 @@ class StackedSupernet(nn.Module):
         like, sizes = self.groups[0].weight, np.bincount(self._group[k], minlength=len(self.groups)).tolist()
         scale = torch.from_numpy(1 / np.maximum(degree[end, subnet], 1)[:, None, None]).to(like)
         tensors = (*torch.from_numpy(index).to(like.device).unbind(), scale)  # one transfer for all indices
-        steps = [Step(rows, []) for rows in count.tolist()]
+        steps = [(rows, []) for rows in count.tolist()]
         for ops, *part in zip(self.groups, *(t.split(sizes) for t in tensors), strict=True):
-            steps[ops.target].parts.append(Active(ops, *part))
+            steps[ops.target][1].append(Active(ops, *part))
         return steps
 
     def _per_copy(self, x: Tensor, dims: int) -> Tensor:
@@ -216,24 +193,20 @@ class DagMLP(StackedSupernet):
         return 2 * np.where(starts == 0, inputs, width) * np.where(ends == self.graph.n - 1, classes, width)
 
     def forward(self, x: Tensor, masks: Masks) -> Tensor:
-        """Return the logits of all subnetworks.
+        """Return logits of all subnetworks, ``(T, batch, classes)`` or ``(copies, T, batch, classes)`` as ``masks``.
 
         Args:
             x: ``(batch, inputs)`` for all copies alike, or ``(copies, batch, inputs)``.
             masks: ``(T, E)`` with one copy, or ``(copies, T, E)``; pruned.
-
-        Returns:
-            ``(T, batch, classes)`` or ``(copies, T, batch, classes)``, as ``masks``.
         """
-        masks, values = self._checked(masks), [self._per_copy(x, 2)]
-        _, *steps = self._plan(masks)
-        for level, step in enumerate(steps, start=1):
+        (_, *steps), values = self._plan(masks), [self._per_copy(x, 2)]
+        for level, (rows, parts) in enumerate(steps, start=1):
             last = level == len(steps)
-            total = x.new_zeros(step.rows, values[0].shape[1], self.sizes[2 if last else 1])
-            for part in step.parts:
+            total = x.new_zeros(rows, values[0].shape[1], self.sizes[2 if last else 1])
+            for part in parts:
                 total.index_add_(0, part.outputs, part.linear(values[part.ops.source]))
             values.append(total if last else F.layer_norm(total, total.shape[-1:]).relu_())
-        return values[-1].view(*masks.shape[:-1], *values[-1].shape[1:])
+        return values[-1].view(*np.shape(masks)[:-1], *values[-1].shape[1:])
 
 
 class DagConvNet(StackedSupernet):
@@ -247,13 +220,10 @@ class DagConvNet(StackedSupernet):
         graph: operations and feature maps; no operation may lead from the input to the output.
         inputs: channels of the images.
         width: channels of a node.
-        classes: number of outputs.
-        copies: independent supernets with weights of their own.
-        generator: stream for the weights, or one for each copy; ``None`` uses torch's global one.
+        classes, copies, generator: as in :class:`DagMLP`.
 
     Raises:
-        TypeError: a size that is no integer.
-        ValueError: a size below 1, an edge from input to output, a number of generators that does not fit.
+        ValueError: an edge from input to output; see :class:`DagMLP`.
 
     >>> graph = SuperGraph(4, [(0, 1), (0, 2), (1, 2), (2, 3)])
     >>> DagConvNet(graph)(torch.zeros(5, 1, 14, 14), graph.masks(graph.adjacency[None])).shape
@@ -286,20 +256,17 @@ class DagConvNet(StackedSupernet):
         return flops
 
     def forward(self, x: Tensor, masks: Masks) -> Tensor:
-        """Return the logits of all subnetworks.
+        """Return the logits of all subnetworks, as :meth:`DagMLP.forward`.
 
         Args:
             x: ``(batch, inputs, height, width)`` for all copies alike, or ``(copies, batch, ...)``; even sides.
-            masks: ``(T, E)`` with one copy, or ``(copies, T, E)``; pruned.
-
-        Returns:
-            ``(T, batch, classes)`` or ``(copies, T, batch, classes)``, as ``masks``.
+            masks: as there.
         """
-        masks, values = self._checked(masks), [self._per_copy(x, 4).transpose(0, 1)]  # (batch, rows, channels, h, w)
-        _, *steps, head = self._plan(masks)
-        for level, step in enumerate(steps, start=1):
+        _, *steps, (rows_out, heads) = self._plan(masks)
+        values = [self._per_copy(x, 4).transpose(0, 1)]  # (batch, rows, channels, height, width)
+        for level, (rows, parts) in enumerate(steps, start=1):
             total = None
-            for part in step.parts:
+            for part in parts:
                 source = values[part.ops.source]
                 if self.halves[level] > self.halves[part.ops.source]:
                     halved = F.avg_pool2d(source.flatten(0, -4), 2)
@@ -312,11 +279,11 @@ class DagConvNet(StackedSupernet):
                     out = out.unflatten(1, (len(weight), -1))
                 else:  # there is no convolution of no groups; the sum keeps the gradient, which is zero
                     out = source.new_zeros(len(source), 0, weight.shape[-1], *source.shape[-2:]) + weight.sum()
-                total = out.new_zeros(len(out), step.rows, *out.shape[2:]) if total is None else total
+                total = out.new_zeros(len(out), rows, *out.shape[2:]) if total is None else total
                 total.index_add_(1, part.outputs, out)
             values.append(F.layer_norm(total, total.shape[-3:]).relu_())
-        logits = x.new_zeros(head.rows, values[0].shape[0], self.sizes[2])
-        for part in head.parts:
+        logits = x.new_zeros(rows_out, values[0].shape[0], self.sizes[2])
+        for part in heads:
             pooled = values[part.ops.source].mean((-2, -1)).transpose(0, 1)
             logits.index_add_(0, part.outputs, part.linear(pooled))
-        return logits.view(*masks.shape[:-1], *logits.shape[1:])
+        return logits.view(*np.shape(masks)[:-1], *logits.shape[1:])

@@ -138,7 +138,7 @@ class AnytimeTrainer:
 def anytime_accuracy(
     supernet: nn.Module, subnetworks: np.ndarray, x: Tensor, y: Tensor, *, chunk: int = 8, batch_size: int = 1024
 ) -> Tensor:
-    """Return the accuracy of subnetworks in percent; a sample with a nan among its logits counts as wrong.
+    """Return the accuracy of subnetworks in percent, ``(T,)`` or ``(copies, T)``; a sample with a nan logit is wrong.
 
     Args:
         supernet: a :class:`DagMLP` or :class:`DagConvNet`.
@@ -147,9 +147,6 @@ def anytime_accuracy(
         y: ``(N,)`` labels.
         chunk: subnetworks of a copy in one forward pass, >= 1.
         batch_size: samples in one forward pass, >= 1.
-
-    Returns:
-        ``(T,)`` or ``(copies, T)``.
 
     Raises:
         ValueError: edges outside the supernet, shapes that do not fit, a chunk or batch below 1.
@@ -161,12 +158,10 @@ def anytime_accuracy(
     """
     check_count("chunk", chunk)
     check_count("batch_size", batch_size)
-    masks = torch.from_numpy(supernet.graph.masks(subnetworks)).split(chunk, -2)
-    batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
     hits = []
-    for part in masks:
+    for part in torch.from_numpy(supernet.graph.masks(subnetworks)).split(chunk, -2):
         right = 0
-        for samples, labels in batches:
+        for samples, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
             logits = supernet(samples, part)
             # argmax takes a nan for the largest: a net that has diverged would be right where that is the label
             right = right + ((logits.argmax(-1) == labels) & ~logits.isnan().any(-1)).sum(-1)

@@ -13,16 +13,12 @@ from effnb.solvers.unrolled_solvers.problem import check_matrix
 Callback = Callable[[int, Tensor], bool | None]
 
 
-# --- thresholds -------------------------------------------------------------------------------------------------------
-
-
 def _per_row(name: str, value: float | Tensor, z: Tensor) -> Tensor:
     """Check a number or one value per instance (>= 0) and give it a shape that broadcasts against ``z (batch, n)``."""
     value = value if isinstance(value, numbers.Real) else torch.as_tensor(value, device=z.device)
     check_number(name, value, ge=0)
-    if isinstance(value, float):  # as_tensor alone would round a Python number to float32
-        value = torch.tensor(value, dtype=z.dtype)
-    value = torch.as_tensor(value, device=z.device)
+    # as_tensor alone would round a Python number to float32
+    value = torch.as_tensor(value, dtype=z.dtype if isinstance(value, float) else None, device=z.device)
     return value.unsqueeze(-1) if value.ndim == 1 else value
 
 
@@ -119,9 +115,6 @@ def support_select(z: Tensor, theta: float | Tensor, p: float | Tensor, mode: st
     return torch.where(passed, z, soft_unchecked(z, theta))
 
 
-# --- proximal iterations ----------------------------------------------------------------------------------------------
-
-
 def _proximal(
     A: Tensor, b: Tensor, lam: float, max_iter: int, gram: bool | Tensor | None, x0: Tensor | None
 ) -> tuple[Tensor, float, Callable[[Tensor], Tensor]]:
@@ -211,18 +204,12 @@ def fista(
         y_{k+1} &= x_{k+1} + \tfrac{t_k-1}{t_{k+1}}(x_{k+1}-x_k)
 
     Args:
-        A: ``(m, n)``.
-        b: ``(batch, m)``.
-        lam: weight of the l1 norm, >= 0.
-        max_iter: number of iterations.
+        A, b, lam, max_iter, gram, x0, callback: as in ``ista``.
         restart: ``"gradient"`` forgets the momentum of an instance when it points uphill.
         continuation: factor in (0, 1), the papers' 0.98: start at :math:`0.1\|A^Tb\|_\infty` and shrink to ``lam``.
-        gram: as in ``ista``.
-        x0: as in ``ista``.
-        callback: as in ``ista``.
 
     Raises:
-        ValueError: for a negative ``lam``, wrong shapes, an unknown ``restart`` or a factor outside (0, 1).
+        ValueError: as ``ista``, or for an unknown ``restart`` or a factor outside (0, 1).
 
     Reference: beck2009fast
 
@@ -252,14 +239,9 @@ def fista(
     return x
 
 
-# --- solvers that choose a support ------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def omp(A: Tensor, b: Tensor, k: int, tol: float | None = None) -> Tensor:
     r"""Return the codes ``(batch, n)`` of orthogonal matching pursuit: the atom nearest to the residual, ``k`` times.
-
-    A batched Gram-Schmidt basis of the chosen atoms is kept, so that an iteration costs one product with ``A``.
 
     Args:
         A: ``(m, n)`` with columns of length one.
@@ -281,6 +263,7 @@ def omp(A: Tensor, b: Tensor, k: int, tol: float | None = None) -> Tensor:
     m, n, batch = *A.shape, b.shape[0]
     eps = torch.finfo(b.dtype).eps
     limit = (10 * eps if tol is None else tol) * b.norm(dim=1)
+    # A Gram-Schmidt basis of the chosen atoms, so that an iteration costs one product with A.
     basis, R = b.new_zeros(batch, k, m), b.new_zeros(batch, k, k)
     chosen = torch.zeros(batch, k, dtype=torch.long, device=b.device)
     coefficients, residual = b.new_zeros(batch, k), b.clone()

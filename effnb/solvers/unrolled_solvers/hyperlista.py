@@ -166,17 +166,13 @@ class HyperLISTA(nn.Module):
 
         wide = A.double()
         P = torch.cholesky_solve(wide, torch.linalg.cholesky(wide @ wide.T))  # H^-1 A, whose transpose is A^+
-        diagonal = pinv = None
-        if not symmetric and weights is None:
-            # W = P / diag(A^T P), so A^+ r = diag(A^T P) * (W^T r): no product of its own
-            diagonal = (wide * P).sum(0).to(A.dtype)
-        else:
-            if pinv_of == "transformed":  # W = M A and G = M^1/2: A^+ G r
-                values, vectors = torch.linalg.eigh(W.double() @ P.T)
-                P = (vectors * values.clamp_min(0).sqrt()) @ (vectors.T @ P)
-            pinv = P.to(A.dtype)
-        buffers = {"A": A, "W": W, "column_norms": norms, "pinv_diagonal": diagonal, "pinv": pinv}
-        for name, value in buffers.items():
+        if pinv_of == "transformed":  # W = M A and G = M^1/2: A^+ G r
+            values, vectors = torch.linalg.eigh(W.double() @ P.T)
+            P = (vectors * values.clamp_min(0).sqrt()) @ (vectors.T @ P)
+        # Free weights are W = P / diag(A^T P), so A^+ r = diag(A^T P) * (W^T r): no product of its own.
+        free = not symmetric and weights is None
+        diagonal, pinv = ((wide * P).sum(0).to(A.dtype), None) if free else (None, P.to(A.dtype))
+        for name, value in (("A", A), ("W", W), ("column_norms", norms), ("pinv_diagonal", diagonal), ("pinv", pinv)):
             self.register_buffer(name, value)
 
     def forward(
@@ -186,8 +182,7 @@ class HyperLISTA(nn.Module):
 
         Args:
             b: ``(batch, m)``.
-            n_layers: use only the first layers.
-            return_all: return the estimates of all layers.
+            n_layers, return_all: as in ``LISTA``.
             x_true: ``(batch, n)``, needed by the oracle and allowed only there.
 
         Raises:
@@ -274,10 +269,9 @@ class HyperLISTA(nn.Module):
 
 
 class SingleSolver:
-    r"""NumPy form of a ``HyperLISTA`` for single measurement vectors.
+    r"""NumPy form of a ``HyperLISTA`` for single measurement vectors, where torch spends most of its time on dispatch.
 
-    A batch of one spends most of its time on dispatch. Here a layer is a few array operations, and
-    :math:`A x` gathers only the columns of the nonzeros of :math:`x`.
+    A layer is a few array operations, and :math:`A x` gathers only the columns of the nonzeros of :math:`x`.
 
     Args:
         net: on the CPU, without oracle and conjugate gradients.
@@ -301,19 +295,14 @@ class SingleSolver:
             raise ValueError(f"net must have neither oracle nor cg_after, got {net.oracle} and {net.cg_after}")
         if net.A.device.type != "cpu":
             raise ValueError(f"net must be on the CPU, got {net.A.device}")
-        self.layers, self.mu = net.layers, net.mu
-        self.c = tuple(net.c.tolist())
+        self.layers, self.mu, self.c = net.layers, net.mu, tuple(net.c.tolist())
         self.At, self.W = np.ascontiguousarray(net.A.T.numpy()), net.W.numpy()
         self.scale = net.column_norms.numpy() if net.normalize else None
         self.pinv = None if net.pinv is None else net.pinv.numpy()
         self.diagonal = None if net.pinv_diagonal is None else net.pinv_diagonal.numpy()
 
     def __call__(self, b: np.ndarray, n_layers: int | None = None) -> np.ndarray:
-        """Return the estimate ``(n,)`` of one measurement vector ``b (m,)``.
-
-        Args:
-            b: ``(m,)``.
-            n_layers: use only the first layers.
+        """Return the estimate ``(n,)`` of one measurement vector ``b (m,)``, by the first ``n_layers`` if given.
 
         Raises:
             ValueError: for a wrong shape, values that are not finite or too many layers.

@@ -215,8 +215,7 @@ class TiLISTA(Unrolled):
         self.W = _copies(self.A / self.lipschitz, 1)
 
     def _layer(self, k: int, x: Tensor, b: Tensor) -> Tensor:
-        correction = (b - x @ self.A.T) @ self.W[0]
-        return self._shrink(k, x + self.gamma[k] * correction)
+        return self._shrink(k, x + self.gamma[k] * ((b - x @ self.A.T) @ self.W[0]))
 
 
 class ALISTA(Unrolled):
@@ -227,11 +226,8 @@ class ALISTA(Unrolled):
 
     Args:
         A: ``(m, n)``, columns of length one, rows independent.
-        layers: as in ``LISTA``.
-        lam: as in ``LISTA``.
-        select: as in ``LISTA``.
+        layers, lam, select, normalize: as in ``LISTA``.
         weights: ``W (m, n)`` with a unit diagonal of ``W^T A``; ``analytic_weights(A)`` by default.
-        normalize: as in ``LISTA``.
 
     Raises:
         ValueError: for a dictionary, weights or a setting outside its rules.
@@ -259,8 +255,7 @@ class ALISTA(Unrolled):
         self.register_buffer("W", weights)  # saved, not trained
 
     def _layer(self, k: int, x: Tensor, b: Tensor) -> Tensor:
-        correction = (b - x @ self.A.T) @ self.W
-        return self._shrink(k, x + self.gamma[k] * correction)
+        return self._shrink(k, x + self.gamma[k] * ((b - x @ self.A.T) @ self.W))
 
 
 def train_layerwise(
@@ -280,7 +275,8 @@ def train_layerwise(
     r"""Train the layers one after the other, each in stages, on :math:`\|x_{k+1}-x^*\|^2`; return their losses.
 
     Stage 1 trains the newest layer alone, the others all layers up to it, with smaller steps (Adam). With a
-    validation set the best state of a stage is kept, so that no stage makes the network worse on it.
+    validation set the best state of a stage is kept, so that no stage makes the network worse on it. A layer's loss,
+    taken after its stages, is that of the validation set, or of the last batch.
 
     Args:
         net: one of the LISTA family.
@@ -294,9 +290,6 @@ def train_layerwise(
         patience: end a stage after so many steps without improvement.
         readout: applied to the estimate before the loss and trained with it (targets then have its width).
         warm_start: start a layer from its predecessor.
-
-    Returns:
-        Loss of every layer after its stages: on the validation set, or on the last batch.
 
     Raises:
         TypeError: if ``net`` is not of the LISTA family.

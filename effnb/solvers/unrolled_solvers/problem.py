@@ -11,8 +11,6 @@ from torch import Tensor
 
 from effnb.common import check_choice, check_count, check_number
 
-_UNIT_TOLERANCE = 1e-4  # float32 columns normalised in float32 miss one by about 1e-7
-
 
 def check_matrix(A: Any, name: str = "A", width: int | None = None) -> None:
     """Raise unless ``A`` is a finite floating-point matrix, not empty; with ``width``, a batch of that many columns."""
@@ -26,18 +24,10 @@ def check_matrix(A: Any, name: str = "A", width: int | None = None) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
-def _column_norms(A: Tensor) -> Tensor:
-    """Return the lengths of the columns; none may be zero."""
-    norms = torch.linalg.vector_norm(A, dim=0)
-    if (norms == 0).any():
-        raise ValueError(f"A must have no zero column, got {int((norms == 0).sum())} of them")
-    return norms
-
-
 def check_unit_columns(A: Tensor) -> None:
     """Raise unless every column of ``A`` has length one."""
-    worst = float((_column_norms(A.detach()) - 1).abs().max())
-    if worst > _UNIT_TOLERANCE:
+    worst = float((normalize_columns(A.detach())[1] - 1).abs().max())
+    if worst > 1e-4:  # float32 columns normalised in float32 miss one by about 1e-7
         raise ValueError(f"A must have columns of length 1, got an error of {worst:.3g} (normalize=True rescales them)")
 
 
@@ -46,8 +36,7 @@ def check_full_row_rank(A: Tensor) -> None:
     m, n = A.shape
     if m > n:
         raise ValueError(f"A must have at least as many columns as rows, got shape ({m}, {n})")
-    singular = torch.linalg.svdvals(A.detach().double())
-    condition = math.inf if singular[-1] == 0 else float(singular[0] / singular[-1])
+    condition = float(torch.linalg.cond(A.detach().double()))
     # By A's own precision, though the inverses are taken in float64: beyond it, A's entries do not fix the inverse.
     limit = 1.0 / (torch.finfo(A.dtype).eps * n)
     if condition > limit:
@@ -76,7 +65,9 @@ def normalize_columns(A: Tensor) -> tuple[Tensor, Tensor]:
     [5.0, 2.0]
     """
     check_matrix(A)
-    norms = _column_norms(A)
+    norms = torch.linalg.vector_norm(A, dim=0)
+    if (norms == 0).any():
+        raise ValueError(f"A must have no zero column, got {int((norms == 0).sum())} of them")
     return A / norms, norms
 
 
@@ -86,9 +77,6 @@ def unit_dictionary(A: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     A, norms = normalize_columns(A.detach()) if normalize else (A.detach().clone(), A.new_ones(A.shape[1]))
     check_unit_columns(A)
     return A, norms
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def mutual_coherence(A: Tensor, W: Tensor | None = None) -> float:
@@ -161,12 +149,11 @@ def analytic_weights(
         symmetric: make :math:`W^T A` symmetric (HyperLISTA).
         method: ``"closed"``, or ``"pgd"``: the official projected gradient iteration (for symmetric weights,
             alternating projections onto the constraint and the cone), kept as a reference.
-        step: step size of the projected gradient.
-        steps: number of iterations of ``"pgd"``.
+        step, steps: size and number of the steps of ``"pgd"``.
 
     Raises:
-        ValueError: if ``A`` is not 2-D, has columns of other lengths, is rank-deficient (names the condition number),
-            or ``symmetric`` with more than m(m+1)/2 columns.
+        ValueError: if ``A`` is not 2-D, has columns of other lengths, dependent rows, or, with ``symmetric``, more than
+            m(m+1)/2 columns.
 
     Reference: liu2019alista, chen2021hyperparameter
 
@@ -193,15 +180,12 @@ def analytic_weights(
     return W.to(A.dtype)
 
 
-# --- random problems --------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class SparseProblem:
     r"""Random problem :math:`b = A x^* + e` with unit-norm columns and Bernoulli-Gauss codes.
 
-    ``A`` is drawn once from ``seed``; ``sample`` draws fresh codes from streams that depend on the seed and the
-    split's name, on the CPU in float64, so that no device or dtype changes them.
+    ``A`` depends on ``seed``, fresh codes on ``seed`` and the name of their split; both are drawn on the CPU in
+    float64, so that no device or dtype changes them.
 
     Args:
         m: measurements.
@@ -213,8 +197,7 @@ class SparseProblem:
         magnitude: ``"normal"`` or ``"sign"`` (nonzeros of plus and minus one).
         scale: factor on the nonzeros.
         seed: of the matrix and the streams.
-        dtype: of everything returned.
-        device: of everything returned.
+        dtype, device: of everything returned.
 
     Raises:
         ValueError: for sizes, probabilities or levels outside their ranges.
@@ -275,15 +258,7 @@ class SparseProblem:
         return dataclasses.replace(self, **changes)
 
     def sample(self, batch: int, split: str = "train") -> tuple[Tensor, Tensor]:
-        """Return the next codes ``x (batch, n)`` and measurements ``b (batch, m)`` of a stream.
-
-        Args:
-            batch: how many.
-            split: name of the stream; different names never share draws.
-
-        Raises:
-            ValueError: for an empty batch.
-        """
+        """Return the next codes ``x (batch, n)`` and measurements ``b (batch, m)`` of the stream named ``split``."""
         check_count("batch", batch)
         g = self._streams.setdefault(split, self._generator(f"codes/{split}"))
         shape = (batch, self.n)
@@ -302,15 +277,12 @@ class SparseProblem:
         return x, b
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
 def overcomplete_dct(patch: int, atoms: int) -> Tensor:
     """Return an overcomplete cosine dictionary ``(patch^2, atoms^2)`` of two dimensions, columns of length one.
 
     Args:
         patch: side of a patch.
-        atoms: frequencies a side, at least ``patch``.
+        atoms: frequencies a side.
 
     Raises:
         ValueError: if ``atoms`` is below ``patch``.
@@ -327,9 +299,7 @@ def overcomplete_dct(patch: int, atoms: int) -> Tensor:
 
 
 def image_patches(image: Tensor, patch: int) -> Tensor:
-    """Return the patches ``(number, patch^2)`` of an image, row by row, without overlap.
-
-    What is left over at the right and the bottom is dropped.
+    """Return the patches ``(number, patch^2)`` of an image, row by row; what is left over at its ends is dropped.
 
     Args:
         image: ``(height, width)``.
@@ -346,15 +316,11 @@ def image_patches(image: Tensor, patch: int) -> Tensor:
     return image.unfold(0, patch, patch).unfold(1, patch, patch).reshape(-1, patch * patch)
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
 def psnr_db(image: Tensor, reference: Tensor, peak: float = 1.0) -> float:
     """Return the peak signal-to-noise ratio in decibels.
 
     Args:
-        image: any shape.
-        reference: the same shape.
+        image, reference: of the same shape.
         peak: largest possible value.
 
     Raises:
@@ -372,8 +338,7 @@ def nmse_db(x: Tensor, x_true: Tensor, reduce: str = "ratio") -> Tensor:
     r"""Return the error in decibels: :math:`10\log_{10}(\sum\|x-x^*\|^2/\sum\|x^*\|^2)`; minus infinity if exact.
 
     Args:
-        x: ``(batch, n)``.
-        x_true: ``(batch, n)``.
+        x, x_true: ``(batch, n)``.
         reduce: ``"ratio"`` sums over the batch first, as the papers do, so that one hard instance can dominate;
             ``"instance"`` returns one value per instance ``(batch,)``.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import operator
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from effnb.solvers.unrolled_solvers.hyperlista import HyperLISTA
 from effnb.solvers.unrolled_solvers.problem import check_matrix, nmse_db
 
 SCORES = ("nmse", "robust", "p99")
-CLIP = (-100.0, 20.0)  # dB; outside, an instance counts no further in the robust score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,7 @@ def recovery_score(x: Tensor, x_true: Tensor, score: str = "robust") -> Tensor:
     """Return one number in dB for a batch, lower is better.
 
     Args:
-        x: ``(batch, n)``.
-        x_true: ``(batch, n)``.
+        x, x_true: ``(batch, n)``.
         score: ``"nmse"`` is the papers' ratio of sums, which one instance can dominate; ``"robust"`` the mean of the
             instances' dB, each clipped to -100..20; ``"p99"`` their 99th percentile.
 
@@ -53,33 +52,8 @@ def recovery_score(x: Tensor, x_true: Tensor, score: str = "robust") -> Tensor:
     check_choice("score", score, SCORES)
     if score == "nmse":
         return nmse_db(x, x_true)
-    each = nmse_db(x, x_true, reduce="instance").clamp(*CLIP)
+    each = nmse_db(x, x_true, reduce="instance").clamp(-100.0, 20.0)
     return each.mean() if score == "robust" else torch.quantile(each, 0.99)
-
-
-class _Search:
-    """Scores points on one network and remembers the best."""
-
-    def __init__(self, net: HyperLISTA, x: Tensor, b: Tensor, score: str):
-        self.net, self.x, self.b, self.score = net, x, b, score
-        self.trials: list[tuple[float, float, float, float]] = []
-        self.best: tuple[tuple[float, ...], float] = ((math.nan,) * 3, math.inf)
-
-    @torch.no_grad()
-    def value(self, c: np.ndarray, rows: int | None = None) -> float:
-        """Return the score of ``c`` on the first ``rows`` instances."""
-        self.net.c.copy_(torch.as_tensor(c))
-        known = self.x[:rows] if self.net.oracle else None
-        # Many points of a wide search diverge: they must lose, not stop it.
-        estimate = self.net(self.b[:rows], x_true=known).nan_to_num(1e9, 1e9, -1e9)
-        return float(recovery_score(estimate, self.x[:rows], self.score))
-
-    def offer(self, c: np.ndarray) -> None:
-        """Score ``c`` on all instances; keep it if it is the best so far."""
-        point, score = tuple(map(float, c)), self.value(c)
-        self.trials.append((*point, score))
-        if score < self.best[1]:
-            self.best = (point, score)
 
 
 def tune_hyperlista(
@@ -136,40 +110,52 @@ def tune_hyperlista(
     low, high = np.array(bounds or ((0.01, 1.0), (0.001, 0.1), (0.01, n))).T
     if low.shape != (3,) or not (low > 0).all() or not (low <= high).all():
         raise ValueError(f"bounds must be three ordered positive pairs, got {bounds}")
-    search, rng = _Search(net, x, b, score), np.random.default_rng(seed)
+    rng, trials, best = np.random.default_rng(seed), [], ((math.nan,) * 3, math.inf)
+
+    @torch.no_grad()
+    def value(c: np.ndarray, rows: int | None = None) -> float:
+        net.c.copy_(torch.as_tensor(c))
+        # Many points of a wide search diverge: they must lose, not stop it.
+        estimate = net(b[:rows], x_true=x[:rows] if net.oracle else None).nan_to_num(1e9, 1e9, -1e9)
+        return float(recovery_score(estimate, x[:rows], score))
+
+    def offer(c: np.ndarray) -> None:
+        nonlocal best
+        trials.append((*map(float, c), value(c)))
+        best = min(best, (trials[-1][:3], trials[-1][3]), key=operator.itemgetter(1))  # of equal ones the first
 
     if method == "grid":
         # The official grid has the coherence folded into c1 and c2, and c3 as a fraction of n.
         points = max(2, round(n_trials ** (1 / 3)))
         small = np.linspace(1e-3, 1e-2, min(11, points)) / net.mu
         for c in itertools.product(small, small, np.linspace(0.1, 1, min(21, points)) * n):
-            search.offer(np.array(c))
-        return TuneResult(*search.best, search.trials)
+            offer(np.array(c))
+        return TuneResult(*best, trials)
 
     # Log-uniform points, screened on a quarter of the batch; the best tenth is scored on all of it. A screened score
     # can not become the best: it is of other instances.
     screened = n_trials if method == "random" else math.ceil(n_trials / 4)
     points = np.exp(rng.uniform(np.log(low), np.log(high), (screened, 3)))
-    rough = np.array([search.value(c, max(1, len(b) // 4)) for c in points])
-    search.trials += [(*map(float, c), value) for c, value in zip(points, rough, strict=True)]
+    rough = np.array([value(c, max(1, len(b) // 4)) for c in points])
+    trials += [(*map(float, c), found) for c, found in zip(points, rough, strict=True)]
     for index in np.argsort(rough)[: math.ceil(screened / 10)]:
-        search.offer(points[index])
+        offer(points[index])
 
     if method == "random":
         for spread in spreads:
             for _ in range(local_trials):
-                search.offer(np.array(search.best[0]) * np.exp(spread * rng.standard_normal(3)))
-        return TuneResult(*search.best, search.trials)
+                offer(np.array(best[0]) * np.exp(spread * rng.standard_normal(3)))
+        return TuneResult(*best, trials)
 
     # Adam on the logarithms of c1 and c2, which keeps them positive; the count behind c3 has no gradient.
-    start = torch.as_tensor(search.best[0], dtype=b.dtype).log()
+    start = torch.as_tensor(best[0], dtype=b.dtype).log()
     free, fixed = start[:2].clone().requires_grad_(), start[2:].exp()
     optimizer = torch.optim.Adam([free], lr=0.03)
     for _ in range(n_trials - screened):
         c = torch.cat([free.exp(), fixed])
         estimate = functional_call(net, {"c": c}, (b,), {"x_true": x if net.oracle else None})
         (gradient,) = torch.autograd.grad(recovery_score(estimate, x, score), free)
-        search.offer(c.detach().cpu().numpy())
+        offer(c.detach().cpu().numpy())
         free.grad = gradient.nan_to_num(0.0, 0.0, 0.0)
         optimizer.step()
-    return TuneResult(*search.best, search.trials)
+    return TuneResult(*best, trials)
