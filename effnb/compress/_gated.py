@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
@@ -68,6 +68,12 @@ def check_plain(layers: Mapping[str, nn.Module]) -> None:
         owners[id(layer.weight)] = name
 
 
+def shuffled(values: Tensor, generator: Generator) -> Tensor:
+    """Return the entries in random order, in the same shape; one seed gives one order on every device."""
+    order = torch.randperm(values.numel(), generator=generator, device=generator.device)
+    return values.reshape(-1)[order.to(values.device)].view(values.shape)
+
+
 class GatedLayers:
     """A model with one gate (a parametrisation) on the ``weight`` of each chosen layer; base of the handles.
 
@@ -80,6 +86,7 @@ class GatedLayers:
     """
 
     decay_harm = "on the parameters of gates pulls them to 0"
+    is_fixed = False
 
     def __init__(self, model: nn.Module, gates: Mapping[str, nn.Module]) -> None:
         self.model, self._gates = model, dict(gates)
@@ -101,11 +108,6 @@ class GatedLayers:
         if self.is_finished:
             raise RuntimeError("the handle is finished: finalize() has removed the gates from the model")
         return self._gates
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the gates have stopped learning."""
-        return False
 
     def weights(self) -> dict[str, Tensor]:
         """Raw weights (before the gate), name to parameter."""
