@@ -18,16 +18,13 @@ def select_layers(
     include: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear),
     exclude: Iterable[str | type[nn.Module]] = (),
 ) -> dict[str, nn.Module]:
-    """Return the layers of ``model`` whose ``weight`` can be gated, by name.
+    """Return the layers of ``model`` whose ``weight`` can be gated, by name (``""`` the model itself), in its order.
 
     Args:
         model: any module.
         include: types of layers to take.
         exclude: names (``"head"``, patterns such as ``"*downsample*"``) and types to leave out. A name must match a
             layer of ``include``; a type may match none.
-
-    Returns:
-        Name to layer, in the model's order; the name of the model itself is ``""``.
 
     Raises:
         TypeError: ``exclude`` holds something else.
@@ -181,14 +178,13 @@ class GatedLayers:
 
 
 def check_optimizer(handle: GatedLayers, optimizer: Optimizer) -> bool:
-    """Warn where ``optimizer`` decays what gates learn; run by itself at an optimiser's first step with the gates.
+    """Warn where ``optimizer`` decays what gates learn, and return whether it holds any of that.
+
+    It runs by itself at an optimiser's first step with the gates.
 
     Args:
         handle: of a gated model, not finished.
         optimizer: any optimiser; it need not hold gates.
-
-    Returns:
-        Whether the optimiser holds any parameter of a gate.
 
     >>> from effnb.compress import apply_cs
     >>> handle = apply_cs(nn.Linear(2, 1))

@@ -112,11 +112,7 @@ def sparsify_linears(model: nn.Module, names: Sequence[str] | None = None) -> nn
 
 
 def encodings(tensor: Tensor) -> dict[str, int]:
-    """Return the bytes that a tensor takes in each form; csr, of ``(first dimension, rest)``, below 65 536 columns.
-
-    >>> encodings(torch.eye(64))
-    {'dense': 16384, 'bitmap': 768, 'csr': 644}
-    """
+    """Return the bytes that a tensor takes in each form; csr, of ``(first dimension, rest)``, below 65 536 columns."""
     size, numel, nnz = tensor.element_size(), tensor.numel(), int((tensor != 0).sum())
     found = {"dense": numel * size, "bitmap": (numel + 7) // 8 + nnz * size}
     rows = tensor.shape[0] if tensor.ndim else 1
