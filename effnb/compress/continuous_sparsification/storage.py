@@ -106,8 +106,7 @@ def sparsify_linears(model: nn.Module, names: Sequence[str] | None = None) -> nn
         new = SparseLinear(layer.weight, layer.bias).train(layer.training)
         if not name:
             return new
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        model.set_submodule(name, new)
     return model
 
 
