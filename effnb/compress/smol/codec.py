@@ -294,8 +294,8 @@ def encode_map(levels: Bytes, payload_bits: float = 0.0) -> tuple[str, bytes]:
     matrix = levels.reshape(len(levels), -1) if levels.ndim > 1 else levels[None]
     if len(matrix) > 1 and (apart := _encode_lines(matrix, payload_bits)):
         forms["lines"] = apart
-    elif (coded := encode_levels(flat, payload_bits)) is not None:
-        forms["coded"] = coded
+    else:
+        forms["coded"] = encode_levels(flat, payload_bits)
     form = min(forms, key=lambda name: len(forms[name]))
     return form, forms[form]
 

@@ -229,9 +229,8 @@ def apply_smol(
     handle = SmolHandle(model, gates)
     for name, layer in added.items():
         # The handle keeps layers, not only names, since a gated layer itself may move into the Sequential.
-        parent, _, child = name.rpartition(".")
         module = model.get_submodule(name)
-        setattr(model.get_submodule(parent), child, nn.Sequential(module, layer.train(module.training)))
+        model.set_submodule(name, nn.Sequential(module, layer.train(module.training)))
     handle.activations = added
     return handle
 
