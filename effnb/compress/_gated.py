@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
@@ -18,16 +18,13 @@ def select_layers(
     include: tuple[type[nn.Module], ...] = (nn.Conv2d, nn.Linear),
     exclude: Iterable[str | type[nn.Module]] = (),
 ) -> dict[str, nn.Module]:
-    """Return the layers of ``model`` whose ``weight`` can be gated, by name.
+    """Return the layers of ``model`` whose ``weight`` can be gated, by name (``""`` the model itself), in its order.
 
     Args:
         model: any module.
         include: types of layers to take.
         exclude: names (``"head"``, patterns such as ``"*downsample*"``) and types to leave out. A name must match a
             layer of ``include``; a type may match none.
-
-    Returns:
-        Name to layer, in the model's order; the name of the model itself is ``""``.
 
     Raises:
         TypeError: ``exclude`` holds something else.
@@ -68,6 +65,12 @@ def check_plain(layers: Mapping[str, nn.Module]) -> None:
         owners[id(layer.weight)] = name
 
 
+def shuffled(values: Tensor, generator: Generator) -> Tensor:
+    """Return the entries in random order, in the same shape; one seed gives one order on every device."""
+    order = torch.randperm(values.numel(), generator=generator, device=generator.device)
+    return values.reshape(-1)[order.to(values.device)].view(values.shape)
+
+
 class GatedLayers:
     """A model with one gate (a parametrisation) on the ``weight`` of each chosen layer; base of the handles.
 
@@ -80,6 +83,7 @@ class GatedLayers:
     """
 
     decay_harm = "on the parameters of gates pulls them to 0"
+    is_fixed = False
 
     def __init__(self, model: nn.Module, gates: Mapping[str, nn.Module]) -> None:
         self.model, self._gates = model, dict(gates)
@@ -101,11 +105,6 @@ class GatedLayers:
         if self.is_finished:
             raise RuntimeError("the handle is finished: finalize() has removed the gates from the model")
         return self._gates
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the gates have stopped learning."""
-        return False
 
     def weights(self) -> dict[str, Tensor]:
         """Raw weights (before the gate), name to parameter."""
@@ -179,14 +178,13 @@ class GatedLayers:
 
 
 def check_optimizer(handle: GatedLayers, optimizer: Optimizer) -> bool:
-    """Warn where ``optimizer`` decays what gates learn; run by itself at an optimiser's first step with the gates.
+    """Warn where ``optimizer`` decays what gates learn, and return whether it holds any of that.
+
+    It runs by itself at an optimiser's first step with the gates.
 
     Args:
         handle: of a gated model, not finished.
         optimizer: any optimiser; it need not hold gates.
-
-    Returns:
-        Whether the optimiser holds any parameter of a gate.
 
     >>> from effnb.compress import apply_cs
     >>> handle = apply_cs(nn.Linear(2, 1))

@@ -1,4 +1,4 @@
-"""Continuous sparsification of a whole model: gates, temperature, rounds, tickets; and iterative magnitude pruning."""
+"""Continuous sparsification of a whole model: gates, temperature, rounds, tickets."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,25 +9,13 @@ from torch import Tensor, nn
 from effnb.common import check_choice, check_count, check_number
 from effnb.compress._gated import select_layers, watch_decay
 from effnb.compress.continuous_sparsification.gates import ContinuousGate, soft_gates
-from effnb.compress.continuous_sparsification.masks import (
-    MaskedLayers,
-    MaskHandle,
-    apply_masks,
-    full_masks,
-    kept_fraction,
-    top_k_masks,
-    warn_dead,
-)
+from effnb.compress.continuous_sparsification.masks import MaskedLayers, Ticket, TrainRound, top_k_masks, warn_dead
+
+__all__ = ["Annealer", "BetaSchedule", "CSHandle", "FitResult", "apply_cs", "fit_s0", "ticket_search"]
 
 
 class CSHandle(MaskedLayers):
-    """Everything a training loop needs to run continuous sparsification; made by :func:`apply_cs`.
-
-    Args:
-        model: the model, changed in place.
-        gates: layer's name to its gate.
-        min_keep: gates that :meth:`hard` keeps open in every layer.
-        foreach: gate all layers at once in the model's forward pass.
+    """Everything a training loop needs; made by :func:`apply_cs`, which explains ``min_keep`` and ``foreach``.
 
     Reference: savarese2020winning
 
@@ -53,13 +41,12 @@ class CSHandle(MaskedLayers):
     def _gate_all(self, *_) -> None:
         """Compute all soft weights in one node, for the forward pass that starts."""
         gates = list(self.gates.values())
-        if self.is_hard:
-            return
-        # From the raw parameters: to read `layer.weight` would run the gates one by one.
-        weights, scores = list(self.weights().values()), self.gate_parameters()
-        ready = soft_gates(weights, scores, self.beta, gates[0].scale_s0, gates[0].lam)
-        for gate, weight in zip(gates, ready, strict=True):
-            gate._ready = weight
+        if not self.is_hard:
+            # From the raw parameters: to read `layer.weight` would run the gates one by one.
+            weights, scores = list(self.weights().values()), self.gate_parameters()
+            ready = soft_gates(weights, scores, self.beta, gates[0].scale_s0, gates[0].lam)
+            for gate, weight in zip(gates, ready, strict=True):
+                gate._ready = weight
 
     def _release(self, *_) -> None:
         """Forget the weights of the forward pass that ended."""
@@ -82,10 +69,7 @@ class CSHandle(MaskedLayers):
         """Whether the model computes with the ticket instead of the soft gates."""
         return next(iter(self.gates.values())).is_hard
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the gates have stopped learning, as :attr:`is_hard`."""
-        return self.is_hard
+    is_fixed = is_hard  # the base's name for it: the scores have stopped learning
 
     def penalty(self) -> float:
         """``lam * sum(c * sigmoid(beta * s))`` for the log; its gradient is already in that of the scores."""
@@ -95,8 +79,8 @@ class CSHandle(MaskedLayers):
         """Fraction of gates with ``s > 0`` over all layers, or (``hard=False``) the mean of ``sigmoid(beta * s)``."""
         if hard:
             return super().density()
-        gates = list(self.gates.values())
-        return sum(float(gate.openness().sum()) for gate in gates) / sum(gate.scores.numel() for gate in gates)
+        opened = [gate.openness() for gate in self.gates.values()]
+        return sum(float(each.sum()) for each in opened) / sum(each.numel() for each in opened)
 
     def openness(self) -> Tensor:
         """``sigmoid(beta * s)`` of all gates as one vector, without gradient."""
@@ -111,8 +95,8 @@ class CSHandle(MaskedLayers):
     def end_round(self, reset: str = "paper") -> None:
         """Reset the scores for the next round, ``s <- min(beta * s, s0)``, and the temperature to 1.
 
-        Suppressed gates end far below zero and stay closed; open ones get a fresh chance. ``reset="official"``
-        does what the published code does: it sets the temperature to 1 first, so that ``s <- min(s, s0)``.
+        Suppressed gates end far below zero and stay closed; open ones get a fresh chance. ``reset="official"`` does
+        what the published code does: it sets the temperature to 1 first, so that ``s <- min(s, s0)``.
         """
         check_choice("reset", reset, ("paper", "official"))
         if self.is_hard:
@@ -166,20 +150,15 @@ class CSHandle(MaskedLayers):
         self._folded = True
 
     def rewind(self) -> None:
-        """Put back what :meth:`checkpoint` saved; the gates stay as they are. Use a new optimiser afterwards."""
+        """As in the base; RuntimeError after :meth:`fold`."""
         if self._folded:
             raise RuntimeError("rewind() after fold() would lose the scale 1 / sigmoid(s0); use hard() instead")
         super().rewind()
 
     def finalize(self, sparse: bool = False, density: float | None = None) -> nn.Module:
-        """Harden (at exactly ``density`` if given), fold, and take the gates off; the handle is finished.
+        """Harden (see :meth:`hard` for ``density``), fold, take the gates off; the handle is finished.
 
-        Args:
-            sparse: also turn every gated ``nn.Linear`` into a CSR layer for inference.
-            density: keep exactly this fraction, by the largest scores over all layers.
-
-        Returns:
-            The plain model, without gate parameters.
+        With ``sparse`` every gated ``nn.Linear`` becomes a CSR layer for inference. Returns the plain model.
         """
         self.hard(density=density)
         for hook in self._hooks:
@@ -205,8 +184,7 @@ def apply_cs(
     Args:
         model: any module.
         s0: initial score; the smaller, the sparser (about -0.3 .. 0.3 is useful).
-        include: types of layers to gate.
-        exclude: names, patterns or types to leave out, see :func:`select_layers`.
+        include, exclude: layers to gate, see :func:`select_layers`.
         lam: strength of the penalty ``lam * sum(gates)``, >= 0. The push on a gate is about steps x gate lr x lam:
             a value for 85 epochs does nothing in 5.
         scale_init: divide by ``sigmoid(s0)``, so that the model starts unchanged.
@@ -224,10 +202,7 @@ def apply_cs(
     """
     check_count("min_keep", min_keep, ge=0)
     weights = {name: layer.weight for name, layer in select_layers(model, include, exclude).items()}
-    gates = {
-        name: ContinuousGate(w.shape, s0, scale_init, lam, device=w.device, dtype=w.dtype)
-        for name, w in weights.items()
-    }
+    gates = {n: ContinuousGate(w.shape, s0, scale_init, lam, w.device, w.dtype) for n, w in weights.items()}
     if foreach is None:
         foreach = all(w.is_cuda for w in weights.values())
     return CSHandle(model, gates, min_keep, foreach)
@@ -239,8 +214,7 @@ class BetaSchedule:
 
     ``granularity="epoch"``: ``beta_k = final ** (k / (total - 1))`` for the epochs ``k = 0 .. total - 1`` of a round,
     constant inside an epoch. ``granularity="step"``: ``beta_t = final ** (t / total)`` before the optimiser's step
-    ``t``; ``t = total`` is the state after the last one. With fewer than about 20 epochs the steps between epochs
-    get so large that annealing by step is the better choice.
+    ``t``; ``t = total`` is the state after the last one. Below about 20 epochs annealing by step is the better choice.
 
     Args:
         total: epochs or optimiser steps of one round, >= 2.
@@ -277,16 +251,15 @@ class BetaSchedule:
 class Annealer:
     """A training loop's callback after every optimiser step: drives one round of continuous sparsification.
 
-    After each step it sets the temperature for the next one, at the end of ``checkpoint_epoch`` it calls
-    ``handle.checkpoint()``, and at the end of every epoch it adds a record to ``trace``: ``beta``, ``density`` and
-    ``histogram``, the counts of ``sigmoid(beta * s)`` in 20 equal bins over [0, 1].
+    It sets the temperature for the next step, calls ``handle.checkpoint()`` at the end of ``checkpoint_epoch``, and at
+    the end of every epoch adds a record to ``trace``: ``beta``, ``density`` and ``histogram``, the counts of
+    ``sigmoid(beta * s)`` in 20 equal bins over [0, 1].
 
     Args:
         handle: of the gated model.
         epochs: epochs of the round, >= 1 (>= 2 by epoch).
         steps_per_epoch: optimiser steps in an epoch, >= 1.
-        final: inverse temperature at the end of the round, >= 1.
-        granularity: ``"step"`` (for short rounds) or ``"epoch"`` (as published).
+        final, granularity: as in :class:`BetaSchedule`; ``"epoch"`` as published, ``"step"`` for short rounds.
         checkpoint_epoch: epochs after which to save the weights; ``None`` for never.
 
     Raises:
@@ -325,12 +298,11 @@ class Annealer:
         epoch, rest = divmod(step + 1, self.steps_per_epoch)
         # By epoch the last temperature is reached one epoch before the end: there is none after it.
         handle.set_beta(self.schedule(step + 1 if self.by_step else min(epoch, self.epochs - 1)))
-        if rest:
-            return
-        counts = handle.openness().float().histc(20, 0, 1).long().tolist()
-        self.trace.append({"beta": handle.beta, "density": handle.density(), "histogram": counts})
-        if epoch == self.checkpoint_epoch:
-            handle.checkpoint()
+        if not rest:
+            counts = handle.openness().float().histc(20, 0, 1).long().tolist()
+            self.trace.append({"beta": handle.beta, "density": handle.density(), "histogram": counts})
+            if epoch == self.checkpoint_epoch:
+                handle.checkpoint()
 
 
 @dataclass(frozen=True)
@@ -358,8 +330,7 @@ def fit_s0(
     Args:
         density_at: runs the method at one ``s0`` and returns the density in [0, 1] that it reached.
         target: wanted density in (0, 1).
-        low: left end of the bracket.
-        high: right end of the bracket, > ``low``.
+        low, high: the bracket, ``low < high``.
         rtol: stop when ``|density - target| <= rtol * target``.
         max_runs: most evaluations, >= 2 (the two ends of the bracket count).
 
@@ -376,10 +347,8 @@ def fit_s0(
     check_count("max_runs", max_runs, ge=2)
     tried = [(s0, float(density_at(s0))) for s0 in (low, high)]
     if not tried[0][1] <= target <= tried[1][1]:
-        raise ValueError(
-            f"target must lie between the densities at low and high, "
-            f"got {target} outside [{tried[0][1]:.4g}, {tried[1][1]:.4g}]; change low, high or lam"
-        )
+        found = f"[{tried[0][1]:.4g}, {tried[1][1]:.4g}]; change low, high or lam"
+        raise ValueError(f"target must lie between the densities at low and high, got {target} outside {found}")
 
     def miss(run: tuple[float, float]) -> float:
         return abs(run[1] - target)
@@ -389,52 +358,7 @@ def fit_s0(
         middle = (low + high) / 2
         tried.append((middle, float(density_at(middle))))
         low, high = (middle, high) if tried[-1][1] < target else (low, middle)
-    best = min(tried, key=miss)
-    return FitResult(best[0], best[1], tried)
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """A mask and the early weights that it is trained from.
-
-    Args:
-        masks: layer's name to bool mask.
-        rewind_state: plain ``state_dict`` of the whole model at the rewind epoch of round 1.
-        scale: factor on the masked weights, ``1 / sigmoid(s0)`` for continuous sparsification, 1 for magnitudes.
-        history: one record per round: ``round``, ``density``, ``per_layer``.
-
-    Reference: frankle2019lottery
-
-    >>> Ticket({"": torch.tensor([[True, False]])}, {}).density
-    0.5
-    """
-
-    masks: dict[str, Tensor]
-    rewind_state: dict[str, Tensor]
-    scale: float = 1.0
-    history: list[dict] = field(default_factory=list)
-
-    @property
-    def density(self) -> float:
-        """Fraction of the maskable weights that the ticket keeps."""
-        return kept_fraction(self.masks)
-
-    @torch.no_grad()
-    def install(self, model: nn.Module) -> MaskHandle:
-        """Load the early weights (times ``scale``) into a plain ``model``, put the masks on; train it from there."""
-        model.load_state_dict(self.rewind_state)
-        handle = apply_masks(model, self.masks)
-        for weight in handle.weights().values():
-            weight.mul_(self.scale)  # the search trained c * w: a ticket of w alone would start c times too small
-        return handle
-
-
-TrainRound = Callable[[nn.Module, CSHandle | MaskHandle, int], None]
-
-
-def _record(handle: CSHandle | MaskHandle, index: int) -> dict:
-    """One entry of a ticket's history."""
-    return {"round": index, "density": handle.density(), "per_layer": handle.per_layer()}
+    return FitResult(*min(tried, key=miss), tried)
 
 
 def ticket_search(
@@ -456,10 +380,8 @@ def ticket_search(
         train_fn: ``train_fn(model, handle, round)`` trains one round (0, 1, ...), raises the temperature by
             ``handle.set_beta`` as it goes, and in round 0 calls ``handle.checkpoint()`` at the rewind epoch.
         rounds: number of rounds, >= 1.
-        s0: initial score of the gates.
-        lam: strength of the penalty.
         reset: between rounds, ``"paper"`` or ``"official"`` (see :meth:`CSHandle.end_round`).
-        **options: further arguments of :func:`apply_cs`.
+        s0, lam, **options: arguments of :func:`apply_cs`.
 
     Raises:
         ValueError: ``rounds`` below 1, or an argument of :func:`apply_cs` out of range.
@@ -479,52 +401,8 @@ def ticket_search(
     for index in range(rounds):
         train_fn(model, handle, index)
         saved = handle.saved_state  # raises after the first round, not at the end of a long search
-        history.append(_record(handle, index))
+        history.append({"round": index, "density": handle.density(), "per_layer": handle.per_layer()})
         if index < rounds - 1:  # the last round's scores are the ticket
             handle.end_round(reset)
     handle.hard()  # settles min_keep
     return Ticket(handle.masks(), saved, scale, history)
-
-
-def magnitude_ticket_search(
-    model_fn: Callable[[], nn.Module],
-    train_fn: TrainRound,
-    rounds: int,
-    keep_ratio: float = 0.8,
-    masks: dict[str, Tensor] | None = None,
-) -> Ticket:
-    """Iterative magnitude pruning with rewinding (IMP): train, keep the largest weights, rewind, again.
-
-    Args:
-        model_fn: makes the plain model.
-        train_fn: as in :func:`ticket_search`; the handle is a :class:`MaskHandle`.
-        rounds: number of rounds, >= 1.
-        keep_ratio: fraction of the *remaining* weights kept per round, in (0, 1]: density ``keep_ratio ** rounds``.
-        masks: all-ones masks of the layers to prune; ``None`` for every convolution and linear layer.
-
-    Returns:
-        The ticket; its history has one record per round, after pruning.
-
-    Raises:
-        ValueError: ``rounds`` or ``keep_ratio`` out of range.
-        RuntimeError: no checkpoint was taken.
-
-    Reference: frankle2020linear
-
-    >>> ticket = magnitude_ticket_search(lambda: nn.Linear(5, 5), lambda model, handle, r: handle.checkpoint(), 2)
-    >>> ticket.density
-    0.64
-    """
-    check_count("rounds", rounds)
-    check_number("keep_ratio", keep_ratio, gt=0, le=1)
-    model = model_fn()
-    handle = apply_masks(model, masks or full_masks(model))
-    history = []
-    for index in range(rounds):
-        train_fn(model, handle, index)
-        saved = handle.saved_state
-        # Of all weights, not of those left: counts that are rounded round by round would drift.
-        handle.prune(keep_ratio ** (index + 1))
-        history.append(_record(handle, index))
-        handle.rewind()
-    return Ticket(handle.masks(), saved, 1.0, history)

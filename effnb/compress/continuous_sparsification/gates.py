@@ -11,19 +11,11 @@ from effnb.common import check_number
 from effnb.compress._gated import select_layers
 from effnb.compress.continuous_sparsification.masks import MaskedLayers, top_k_masks
 
+__all__ = ["ContinuousGate", "HardConcreteGate", "L0Handle", "apply_l0", "hard_gate", "soft_gate"]
+
 
 def gate_scale(s0: float | None) -> float:
-    """Return ``c = 1 / sigmoid(s0)``, which makes a fresh gate the identity at ``beta = 1``.
-
-    Args:
-        s0: initial gate score; ``None`` asks for no scaling, ``c = 1``.
-
-    Raises:
-        ValueError: ``s0`` is not finite, or so small (< -15) that ``c`` exceeds three million.
-
-    >>> gate_scale(0.0)
-    2.0
-    """
+    """Return ``c = 1 / sigmoid(s0)`` (1 for ``None``), at which a fresh gate is the identity; at most three million."""
     if s0 is None:
         return 1.0
     if not -15 <= s0 < math.inf:  # as in `soft_gates`: the full check only where it will fail
@@ -33,11 +25,9 @@ def gate_scale(s0: float | None) -> float:
 
 def _check_shapes(weights: Sequence[Tensor], scores: Sequence[Tensor]) -> None:
     """Raise unless there is one tensor of scores per weight, of its shape."""
-    if len(weights) != len(scores):
-        raise ValueError(f"scores must hold one tensor per weight ({len(weights)}), got {len(scores)}")
-    for w, s in zip(weights, scores, strict=True):
-        if w.shape != s.shape:
-            raise ValueError(f"scores must have the weight's shape {tuple(w.shape)}, got {tuple(s.shape)}")
+    if [w.shape for w in weights] != [s.shape for s in scores]:
+        wanted, found = ([tuple(t.shape) for t in tensors] for tensors in (weights, scores))
+        raise ValueError(f"scores must have the weight's shape, one tensor per weight: {wanted}, got {found}")
 
 
 class _SoftGates(torch.autograd.Function):
@@ -80,27 +70,9 @@ class _SoftGates(torch.autograd.Function):
 
 
 def soft_gates(
-    weights: Sequence[Tensor],
-    scores: Sequence[Tensor],
-    beta: float,
-    s0: float | None = 0.0,
-    lam: float = 0.0,
+    weights: Sequence[Tensor], scores: Sequence[Tensor], beta: float, s0: float | None = 0.0, lam: float = 0.0
 ) -> tuple[Tensor, ...]:
-    """Return the soft effective weights of many layers at once; :func:`soft_gate` for each pair, in one graph node.
-
-    Args:
-        weights: tensors of any shapes.
-        scores: gate scores ``s``, one tensor of the same shape per weight.
-        beta: inverse temperature, > 0.
-        s0: initial score that fixes ``c``; ``None`` for ``c = 1``.
-        lam: strength of the penalty on the open gates, >= 0.
-
-    Raises:
-        ValueError: unequal numbers or shapes, or a constant out of range.
-
-    >>> soft_gates([torch.tensor([2.0])], [torch.tensor([0.0])], beta=7.0)
-    (tensor([2.]),)
-    """
+    """Return the soft effective weights of many layers at once: :func:`soft_gate` for each pair, in one graph node."""
     scale = gate_scale(s0)
     # In every forward pass of every layer: the full checks, some microseconds each, only where one will fail.
     if not (0 < beta < math.inf and 0 <= lam < math.inf):
@@ -139,9 +111,7 @@ def hard_gate(w: Tensor, s: Tensor, s0: float | None = 0.0) -> Tensor:
     r"""Return the ticket weight ``c * H(s) * w`` where ``H(s) = 1`` for ``s > 0`` and 0 otherwise (0 for ``s == 0``).
 
     Args:
-        w: weight of any shape.
-        s: gate scores of the same shape; no gradient flows to them.
-        s0: initial score, ``c = 1 / sigmoid(s0)``; ``None`` for ``c = 1``.
+        w, s, s0: as in :func:`soft_gate`; no gradient flows to ``s``.
 
     Raises:
         ValueError: unequal shapes, a score that is NaN, or ``s0`` out of range.
@@ -167,17 +137,15 @@ def _ticket_weight(w: Tensor, s: Tensor, scale: float) -> Tensor:
 class ContinuousGate(nn.Module):
     r"""A learned deterministic gate on a weight, ``W = sigmoid(beta * s) / sigmoid(s0) * w``.
 
-    A parametrisation for :func:`torch.nn.utils.parametrize.register_parametrization`. While ``is_hard`` the gate is
-    the ticket ``H(s)`` and gets no gradient. ``state_dict`` holds the scores and (as one small tensor) the
-    temperature, the mode and the scale.
+    A parametrisation for :func:`torch.nn.utils.parametrize.register_parametrization`. While ``is_hard`` the gate is the
+    ticket ``H(s)`` and gets no gradient. ``state_dict`` holds the scores and, in one small tensor, all the rest.
 
     Args:
         shape: shape of the weight.
         s0: initial score of every gate, in [-15, inf).
         scale_init: divide by ``sigmoid(s0)``, so that a fresh gate at ``beta = 1`` changes nothing.
         lam: strength of the penalty on open gates, fused into the backward pass, >= 0.
-        device: where the scores live.
-        dtype: type of the scores.
+        device, dtype: of the scores.
 
     Raises:
         ValueError: ``s0`` or ``lam`` out of range.
@@ -278,11 +246,7 @@ class HardConcreteGate(nn.Module):
     """
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        init: float = 2.2,
-        lam: float = 0.0,
-        generator: Generator | None = None,
+        self, shape: tuple[int, ...], init: float = 2.2, lam: float = 0.0, generator: Generator | None = None
     ) -> None:
         super().__init__()
         check_number("init", init)
@@ -350,8 +314,7 @@ def apply_l0(
     Args:
         model: any module.
         init: initial score of every gate.
-        include: types of layers to gate.
-        exclude: names, patterns or types to leave out, see :func:`select_layers`.
+        include, exclude: layers to gate, see :func:`select_layers`.
         lam: strength of the penalty, >= 0.
         generator: stream of the gates' noise, on the model's device.
 
@@ -363,9 +326,5 @@ def apply_l0(
     >>> apply_l0(nn.Linear(3, 2), lam=1.0).penalty().item() > 5.8
     True
     """
-    layers = select_layers(model, include, exclude)
-    gates = {
-        name: HardConcreteGate(layer.weight.shape, init, lam, generator).to(layer.weight)
-        for name, layer in layers.items()
-    }
-    return L0Handle(model, gates)
+    weights = {name: layer.weight for name, layer in select_layers(model, include, exclude).items()}
+    return L0Handle(model, {n: HardConcreteGate(w.shape, init, lam, generator).to(w) for n, w in weights.items()})

@@ -1,26 +1,27 @@
-"""Masks of an exact size, models under a fixed mask, and gradual magnitude pruning."""
+"""Masks of an exact size, models under a fixed mask, tickets; gradual and iterative magnitude pruning."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Generator, Tensor, nn
 
 from effnb.common import check_count, check_number
-from effnb.compress._gated import GatedLayers, check_plain, select_layers
+from effnb.compress._gated import GatedLayers, check_plain, select_layers, shuffled
 from effnb.compress.continuous_sparsification.storage import sparsify_linears
+
+__all__ = ["GradualPruner", "MaskHandle", "Ticket", "apply_masks", "full_masks", "global_magnitude_mask"]
+__all__ += ["gmp_sparsity", "magnitude_ticket_search", "random_masks", "shuffled_masks", "top_k_masks"]
 
 
 def top_k_masks(scores: Mapping[str, Tensor], density: float, min_keep: int = 0) -> dict[str, Tensor]:
     """Return masks of the ``round(density * n)`` highest scores over all layers together; ties go to the earlier one.
 
     Args:
-        scores: name to tensor, any shapes.
+        scores: name to tensor, any shapes; the bool masks have the same.
         density: fraction to keep, in (0, 1]; at least one entry is kept.
         min_keep: entries that each layer keeps in any case (within the total, unless that is too small for it).
-
-    Returns:
-        Name to bool mask of the score's shape.
 
     Raises:
         ValueError: no scores, ``density`` out of range, ``min_keep`` negative, or a score is NaN.
@@ -58,9 +59,6 @@ def global_magnitude_mask(model: nn.Module, sparsity: float, **layers) -> dict[s
         sparsity: fraction to drop, in [0, 1).
         **layers: ``include`` and ``exclude`` of :func:`select_layers`.
 
-    Returns:
-        Layer's name to bool mask, for :func:`apply_masks`.
-
     Raises:
         ValueError: ``sparsity`` out of range, or no layer matches.
 
@@ -75,11 +73,10 @@ def global_magnitude_mask(model: nn.Module, sparsity: float, **layers) -> dict[s
 
 
 def full_masks(model: nn.Module, **layers) -> dict[str, Tensor]:
-    """Return all-ones masks, layer's name to bool mask, of the layers that :func:`select_layers` takes.
+    """Return all-ones masks, layer's name to bool tensor, of the layers that :func:`select_layers` takes.
 
     Args:
-        model: plain model.
-        **layers: ``include`` and ``exclude`` of :func:`select_layers`.
+        model, **layers: as in :func:`global_magnitude_mask`.
 
     >>> full_masks(nn.Linear(2, 1))
     {'': tensor([[True, True]])}
@@ -115,8 +112,7 @@ def shuffled_masks(masks: Mapping[str, Tensor], generator: Generator) -> dict[st
     >>> shuffled_masks({"a": torch.tensor([True, True])}, torch.Generator())
     {'a': tensor([True, True])}
     """
-    orders = {name: torch.randperm(mask.numel(), generator=generator) for name, mask in masks.items()}
-    return {name: mask.reshape(-1)[orders[name]].reshape(mask.shape) for name, mask in masks.items()}
+    return {name: shuffled(mask, generator) for name, mask in masks.items()}
 
 
 def kept_fraction(masks: Mapping[str, Tensor]) -> float:
@@ -147,13 +143,9 @@ class MaskedLayers(GatedLayers):
         return kept_fraction(self.masks())
 
     def finalize(self, sparse: bool = False) -> nn.Module:
-        """Fold the masks into the weights and take the gates off; the handle is finished.
+        """Fold the masks into the weights and take the gates off; the handle is finished. Returns the plain model.
 
-        Args:
-            sparse: also turn every masked ``nn.Linear`` into a CSR layer for inference.
-
-        Returns:
-            The plain model: the same object, or the new layer where the model itself is a Linear and ``sparse``.
+        With ``sparse`` every masked ``nn.Linear`` becomes a CSR layer for inference, see :func:`sparsify_linears`.
         """
         warn_dead(self.masks())
         names = list(self.gates)
@@ -162,24 +154,11 @@ class MaskedLayers(GatedLayers):
 
 
 class FixedMask(nn.Module):
-    """Multiply a weight by a mask that does not learn; applied in every forward pass, so nothing is revived.
+    """Multiply a weight by a bool mask that does not learn; applied in every forward pass, so nothing is revived."""
 
-    Args:
-        mask: bool tensor of the weight's shape.
-        dtype: type of the weight; the mask is kept in it, since multiplying by bool is several times slower.
-
-    Raises:
-        TypeError: the mask is not bool.
-
-    >>> FixedMask(torch.tensor([True, False]))(torch.tensor([5.0, 5.0]))
-    tensor([5., 0.])
-    """
-
-    def __init__(self, mask: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, mask: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        if mask.dtype is not torch.bool:
-            raise TypeError(f"mask must be a bool tensor, got {mask.dtype}")
-        self.register_buffer("keep", mask.to(dtype))
+        self.register_buffer("keep", mask.to(dtype))  # in the weight's type: by bool is several times slower
 
     def forward(self, w: Tensor) -> Tensor:
         """Return the masked weight, shape of ``w``."""
@@ -305,3 +284,83 @@ class GradualPruner:
         if step <= self.end_step and (step % self.every == 0 or step == self.end_step):
             self.handle.prune(1 - gmp_sparsity(step, self.end_step, 1 - self.final))
         return self.handle.density()
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A mask and the early weights that it is trained from.
+
+    Args:
+        masks: layer's name to bool mask.
+        rewind_state: plain ``state_dict`` of the whole model at the rewind epoch of round 1.
+        scale: factor on the masked weights, ``1 / sigmoid(s0)`` for continuous sparsification, 1 for magnitudes.
+        history: one record per round: ``round``, ``density``, ``per_layer``.
+
+    Reference: frankle2019lottery
+
+    >>> Ticket({"": torch.tensor([[True, False]])}, {}).density
+    0.5
+    """
+
+    masks: dict[str, Tensor]
+    rewind_state: dict[str, Tensor]
+    scale: float = 1.0
+    history: list[dict] = field(default_factory=list)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the maskable weights that the ticket keeps."""
+        return kept_fraction(self.masks)
+
+    @torch.no_grad()
+    def install(self, model: nn.Module) -> MaskHandle:
+        """Load the early weights (times ``scale``) into a plain ``model``, put the masks on; train it from there."""
+        model.load_state_dict(self.rewind_state)
+        handle = apply_masks(model, self.masks)
+        for weight in handle.weights().values():
+            weight.mul_(self.scale)  # the search trained c * w: a ticket of w alone would start c times too small
+        return handle
+
+
+TrainRound = Callable[[nn.Module, MaskedLayers, int], None]
+
+
+def magnitude_ticket_search(
+    model_fn: Callable[[], nn.Module],
+    train_fn: TrainRound,
+    rounds: int,
+    keep_ratio: float = 0.8,
+    masks: dict[str, Tensor] | None = None,
+) -> Ticket:
+    """Iterative magnitude pruning with rewinding (IMP): train, keep the largest weights, rewind, again.
+
+    Args:
+        model_fn: makes the plain model.
+        train_fn: as in :func:`ticket_search`; the handle is a :class:`MaskHandle`.
+        rounds: number of rounds, >= 1.
+        keep_ratio: fraction of the *remaining* weights kept per round, in (0, 1]: density ``keep_ratio ** rounds``.
+        masks: all-ones masks of the layers to prune; ``None`` for every convolution and linear layer.
+
+    Raises:
+        ValueError: ``rounds`` or ``keep_ratio`` out of range.
+        RuntimeError: no checkpoint was taken.
+
+    Reference: frankle2020linear
+
+    >>> ticket = magnitude_ticket_search(lambda: nn.Linear(5, 5), lambda model, handle, r: handle.checkpoint(), 2)
+    >>> ticket.density
+    0.64
+    """
+    check_count("rounds", rounds)
+    check_number("keep_ratio", keep_ratio, gt=0, le=1)
+    model = model_fn()
+    handle = apply_masks(model, masks or full_masks(model))
+    history = []
+    for index in range(rounds):
+        train_fn(model, handle, index)
+        saved = handle.saved_state
+        # Of all weights, not of those left: counts that are rounded round by round would drift.
+        handle.prune(keep_ratio ** (index + 1))
+        history.append({"round": index, "density": handle.density(), "per_layer": handle.per_layer()})
+        handle.rewind()
+    return Ticket(handle.masks(), saved, 1.0, history)

@@ -19,16 +19,11 @@ from torch import Tensor, nn
 
 from effnb.common import near, write_atomically
 
+__all__ = ["SparseLinear", "load_sparse", "save_sparse", "sparsify_linears"]
+
 MAGIC, VERSION = b"EFNBCS", 1
-_TYPES = {
-    "float64": "<f8",
-    "float32": "<f4",
-    "float16": "<f2",
-    "int64": "<i8",
-    "int32": "<i4",
-    "uint8": "|u1",
-    "bool": "|b1",
-}
+_TYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "int64": "<i8", "int32": "<i4"}
+_TYPES |= {"uint8": "|u1", "bool": "|b1"}
 
 
 class SparseLinear(nn.Module):
@@ -89,11 +84,8 @@ def sparsify_linears(model: nn.Module, names: Sequence[str] | None = None) -> nn
     """Replace linear layers by :class:`SparseLinear`; convolutions stay dense (there is no CSR convolution).
 
     Args:
-        model: changed in place.
+        model: changed in place, and returned; where it is a Linear itself, the new layer is.
         names: modules to look at; ``None`` for all.
-
-    Returns:
-        The model, or the new layer where the model itself is the Linear.
 
     Raises:
         ValueError: a name that is not in the model.
@@ -104,29 +96,22 @@ def sparsify_linears(model: nn.Module, names: Sequence[str] | None = None) -> nn
     )
     """
     modules = dict(model.named_modules())
-    for name in modules if names is None else names:
+    names = list(modules) if names is None else names
+    for name in names:
         if name not in modules:
             raise ValueError(f"names must be modules of the model, got {name!r}; {near(name, list(modules))}")
     for name, layer in modules.items():
-        if not isinstance(layer, nn.Linear) or (names is not None and name not in names):
+        if not isinstance(layer, nn.Linear) or name not in names:
             continue
         new = SparseLinear(layer.weight, layer.bias).train(layer.training)
         if not name:
             return new
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        model.set_submodule(name, new)
     return model
 
 
 def encodings(tensor: Tensor) -> dict[str, int]:
-    """Return the bytes that a tensor takes in each form, without the file's header.
-
-    Args:
-        tensor: any shape; a matrix ``(first dimension, rest)`` for the csr form, offered below 65 536 columns.
-
-    >>> encodings(torch.eye(64))
-    {'dense': 16384, 'bitmap': 768, 'csr': 644}
-    """
+    """Return the bytes that a tensor takes in each form; csr, of ``(first dimension, rest)``, below 65 536 columns."""
     size, numel, nnz = tensor.element_size(), tensor.numel(), int((tensor != 0).sum())
     found = {"dense": numel * size, "bitmap": (numel + 7) // 8 + nnz * size}
     rows = tensor.shape[0] if tensor.ndim else 1
@@ -170,9 +155,7 @@ def _decode(data: bytes, entry: dict) -> Tensor:
 
 
 def save_sparse(state: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike) -> int:
-    """Write parameters and buffers, each in its smallest form, and return the file's size in bytes.
-
-    The file appears whole or not at all.
+    """Write parameters and buffers, each in its smallest form, whole or not at all; return the file's size in bytes.
 
     Args:
         state: ``state_dict``, or a plain module (after ``finalize()``).

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from effnb.common import check_choice, check_number
-from effnb.compress._gated import select_layers
+from effnb.compress._gated import select_layers, shuffled
 from effnb.compress.smol.gate import SmolGate, initial_scale
 from effnb.compress.smol.handle import SmolHandle
 from effnb.compress.smol.noise import LN2, NOISE_POWER, check_bits, check_broadcast, codes_per_unit, quantize_weight
+
+__all__ = ["fisher_diagonal", "greedy_layer_bits", "layer_average_bits", "optimal_bits", "optimal_limits"]
+__all__ += ["shuffled_bits", "uniform_qat"]
 
 
 def uniform_qat(
@@ -22,16 +25,13 @@ def uniform_qat(
 ) -> SmolHandle:
     """Quantise every chosen weight to given bits and train straight-through: the baseline, with SMOL's own quantiser.
 
+    The handle is in phase II: train :meth:`SmolHandle.weight_parameters`, then ``finalize()``.
+
     Args:
         model: changed in place; usually trained already.
         bits: one number, or layer's name to a number or to a tensor that broadcasts to the weight; 1 to 8.
-        include: types of layers to take.
-        exclude: names, patterns or types to leave out.
-        scale: as in :func:`apply_smol`, from the present weights; or layer's name to a scale, to take over another
-            handle's.
-
-    Returns:
-        A handle in phase II: train :meth:`SmolHandle.weight_parameters`, then ``finalize()``.
+        include, exclude: layers to take, see :func:`select_layers`.
+        scale: as in :func:`apply_smol`, from the present weights; or layer's name to another handle's scale.
 
     Raises:
         ValueError: bits out of range or not whole, a layer without bits or of another shape, no layer matches.
@@ -63,12 +63,9 @@ def shuffled_bits(bits: Mapping[str, Tensor], generator: torch.Generator, within
     """Return the same histogram of bits, handed out at random: does it matter *which* weights get them?
 
     Args:
-        bits: layer's name to whole bits of every weight.
+        bits: layer's name to whole bits of every weight; the result is of this form.
         generator: stream of the permutation.
         within: permute inside each layer (its average stays), or over all layers.
-
-    Returns:
-        Layer's name to bits, same shapes.
 
     Raises:
         ValueError: no layer.
@@ -79,15 +76,9 @@ def shuffled_bits(bits: Mapping[str, Tensor], generator: torch.Generator, within
     """
     if not bits:
         raise ValueError("bits must hold at least one layer, got none")
-
-    def permuted(flat: Tensor) -> Tensor:
-        # Drawn where the generator lives: one seed gives one order on every device.
-        order = torch.randperm(flat.numel(), generator=generator, device=generator.device)
-        return flat[order.to(flat.device)]
-
     if within:
-        return {name: permuted(each.reshape(-1)).view(each.shape) for name, each in bits.items()}
-    pool = permuted(torch.cat([each.reshape(-1) for each in bits.values()]))
+        return {name: shuffled(each, generator) for name, each in bits.items()}
+    pool = shuffled(torch.cat([each.reshape(-1) for each in bits.values()]), generator)
     parts = pool.split([each.numel() for each in bits.values()])
     return {name: part.view(each.shape) for (name, each), part in zip(bits.items(), parts, strict=True)}
 
@@ -98,11 +89,8 @@ def layer_average_bits(bits: Mapping[str, Tensor], generator: torch.Generator) -
     The control between uniform precision and a shuffle: it keeps only how many bits each *layer* got.
 
     Args:
-        bits: layer's name to whole bits of every weight.
+        bits: layer's name to whole bits of every weight; the result is of this form.
         generator: stream that picks which weights get the extra bit.
-
-    Returns:
-        Layer's name to bits, same shapes, same sum for each layer.
 
     >>> layer_average_bits({"a": torch.tensor([1, 1, 1, 5])}, torch.Generator().manual_seed(0))
     {'a': tensor([2, 2, 2, 2])}
@@ -127,19 +115,14 @@ def greedy_layer_bits(
     exclude: Iterable[str | type[nn.Module]] = (),
     scale: str | float = "std",
 ) -> dict[str, int]:
-    """Return precisions by layer: from the most bits, lower the layer whose loss rises least per bit saved, again.
+    """Return bits by layer: from the most bits, lower the layer whose loss rises least per bit saved, again and again.
 
     Args:
         model: trained, plain; unchanged on return.
         loss: computes the loss of ``model`` as it is, on fixed training or validation data; no graph is built.
         budget: mean bits of a weight not to exceed.
         levels: precisions to choose from, 1 to 8.
-        include: types of layers to take.
-        exclude: names, patterns or types to leave out.
-        scale: as in :func:`apply_smol`.
-
-    Returns:
-        Layer's name to bits, for :func:`uniform_qat`.
+        include, exclude, scale: as in :func:`apply_smol`.
 
     Raises:
         ValueError: levels out of range, or a budget below the smallest level.
@@ -153,22 +136,22 @@ def greedy_layer_bits(
         check_bits(level, 8, "levels")
     if not levels or budget < levels[0]:
         raise ValueError(f"budget must be at least the smallest of levels {levels}, got {budget}")
-    layers = select_layers(model, include, exclude)
-    scales = {name: initial_scale(layer.weight, scale).to(layer.weight.dtype) for name, layer in layers.items()}
-    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    saved = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    weights = {name: layer.weight for name, layer in select_layers(model, include, exclude).items()}
+    scales = {name: initial_scale(w, scale).to(w.dtype) for name, w in weights.items()}
+    sizes = {name: w.numel() for name, w in weights.items()}
+    saved = {name: w.detach().clone() for name, w in weights.items()}
 
     @torch.no_grad()
     def loss_at(bits: Mapping[str, int]) -> float:
         try:
-            for name, layer in layers.items():
-                layer.weight.copy_(quantize_weight(saved[name], codes_per_unit(bits[name], saved[name]), scales[name]))
+            for name, w in weights.items():
+                w.copy_(quantize_weight(saved[name], codes_per_unit(bits[name], w), scales[name]))
             return loss()
         finally:
-            for name, layer in layers.items():
-                layer.weight.copy_(saved[name])
+            for name, w in weights.items():
+                w.copy_(saved[name])
 
-    chosen = dict.fromkeys(layers, levels[-1])
+    chosen = dict.fromkeys(weights, levels[-1])
     while sum(sizes[name] * bits for name, bits in chosen.items()) > budget * sum(sizes.values()):
         now, tried = loss_at(chosen), {}
         for name, bits in chosen.items():
@@ -190,12 +173,9 @@ def optimal_limits(curvature: Tensor, lam: float, noise: str = "uniform") -> Ten
     1, one bit.
 
     Args:
-        curvature: second derivatives ``H`` of the loss in the normalised weights, >= 0, any shape.
+        curvature: second derivatives ``H`` of the loss in the normalised weights, >= 0, of the shape of the result.
         lam: price of a bit, > 0.
         noise: ``"uniform"`` or ``"rademacher"``.
-
-    Returns:
-        Limits in (0, 1], shape of ``curvature``.
 
     Raises:
         ValueError: a negative curvature, ``lam`` not positive (free bits are never enough), unknown noise.
@@ -217,12 +197,10 @@ def optimal_limits(curvature: Tensor, lam: float, noise: str = "uniform") -> Ten
 def optimal_bits(curvature: Tensor, lam: float, noise: str = "uniform") -> Tensor:
     r"""Return the bits of :func:`optimal_limits`, ``p_i = max(1, 1 + 1/2 log2(H_i ln 2 / (3 lam)))``.
 
-    Half a bit for every doubling of the curvature. Arguments and errors are those of :func:`optimal_limits`.
+    Half a bit for every doubling of the curvature.
 
     Args:
-        curvature: second derivatives, >= 0, any shape; the result has its shape.
-        lam: price of a bit, > 0.
-        noise: ``"uniform"`` or ``"rademacher"``.
+        curvature, lam, noise: as in :func:`optimal_limits`, with its errors.
 
     Reference: cover2006elements
 
@@ -238,9 +216,6 @@ def fisher_diagonal(losses: Tensor, weights: list[Tensor]) -> list[Tensor]:
     Args:
         losses: one loss per example, ``(n,)``, with graph.
         weights: tensors to differentiate.
-
-    Returns:
-        Tensors of the weights' shapes.
 
     Raises:
         ValueError: no example, or not one dimension.

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["decode_levels", "encode_levels"]
+
 Bytes = NDArray[np.uint8]
 Shape = tuple[int, ...]
 
@@ -53,25 +55,12 @@ def _masks(bits: Bytes) -> Iterator[tuple[int, Bytes | None, int]]:
 
 
 def plane_bytes(bits: Bytes) -> int:
-    """Return the bytes of all planes, each padded to a whole byte, for the digits ``(n,)`` of every weight.
-
-    >>> plane_bytes(np.array([1, 3, 3], np.uint8))
-    3
-    """
-    counts = [np.count_nonzero(bits > i) for i in range(int(bits.max(initial=0)))]
-    return int(sum((count + 7) // 8 for count in counts))
+    """Return the bytes of all planes, each padded to a whole byte, for the digits ``(n,)`` of every weight."""
+    return sum((int(np.count_nonzero(bits > i)) + 7) // 8 for i in range(int(bits.max(initial=0))))
 
 
 def pack_planes(codes: Bytes, bits: Bytes) -> bytes:
-    """Return the leading ``bits`` bits of every code, plane by plane, ``plane_bytes(bits)`` bytes.
-
-    Args:
-        codes: 8-bit codes, most significant digit first, uint8 ``(n,)``.
-        bits: how many digits of each to keep, 1 to 8, uint8 ``(n,)``.
-
-    >>> pack_planes(np.array([0b10100000, 0b11000000], np.uint8), np.array([3, 1], np.uint8)).hex()
-    'c00080'
-    """
+    """Return the leading ``bits`` (1 to 8) of every 8-bit code, plane by plane; both are uint8 ``(n,)``."""
     gather, _, ones = _tables()
     parts = []
     for i, mask, count in _masks(bits):
@@ -100,18 +89,7 @@ def pack_planes(codes: Bytes, bits: Bytes) -> bytes:
 
 
 def unpack_planes(data: bytes | memoryview, bits: Bytes) -> Bytes:
-    """Return the codes, uint8 ``(n,)``, that :func:`pack_planes` wrote; digits that a weight does not have are 0.
-
-    Args:
-        data: the planes.
-        bits: digits of every weight, uint8 ``(n,)``.
-
-    Raises:
-        ValueError: ``data`` has another length than ``bits`` asks for.
-
-    >>> unpack_planes(bytes.fromhex("c00080"), np.array([3, 1], np.uint8)).tolist()
-    [160, 128]
-    """
+    """Return the codes, uint8 ``(n,)``, that :func:`pack_planes` wrote; digits that a weight does not have are 0."""
     if len(data) != plane_bytes(bits):
         raise ValueError(f"data must hold {plane_bytes(bits)} bytes of digit planes, got {len(data)}")
     _, scatter, ones = _tables()
@@ -157,9 +135,6 @@ def _block_model(frequencies: NDArray[np.int64], block: int) -> NDArray[np.uint3
     """Frequencies (sum 2^16, all >= 1) of blocks of independent levels; ``None`` if so many blocks do not fit.
 
     Only integers are involved, so that reader and writer agree on every machine.
-
-    >>> _block_model(np.array([49152, 16384]), 2).tolist()
-    [36864, 12288, 12288, 4096]
     """
     fixed = np.array([1 << 32], np.uint64)  # 32 binary places
     for _ in range(block):
@@ -171,7 +146,7 @@ def _block_model(frequencies: NDArray[np.int64], block: int) -> NDArray[np.uint3
 
 
 def encode_levels(levels: Bytes, payload_bits: float = 0.0) -> bytes | None:
-    """Return small whole numbers coded at their entropy.
+    """Return small whole numbers coded at their entropy; ``None`` where fewer than two are different.
 
     Two things make it fast without a compiler: several levels form one symbol, and many independent coders ("lanes")
     advance together in one numpy call.
@@ -179,9 +154,6 @@ def encode_levels(levels: Bytes, payload_bits: float = 0.0) -> bytes | None:
     Args:
         levels: uint8 ``(n,)``.
         payload_bits: size of what the levels belong to; the more, the more lanes are affordable.
-
-    Returns:
-        The bytes; ``None`` where there is nothing to code: fewer than two different levels.
 
     Reference: duda2013asymmetric
 
@@ -241,11 +213,10 @@ def encode_levels(levels: Bytes, payload_bits: float = 0.0) -> bytes | None:
 
 
 def decode_levels(data: bytes | memoryview, count: int) -> Bytes:
-    """Return the ``count`` levels, uint8, that :func:`encode_levels` wrote.
+    """Return the levels, uint8, that :func:`encode_levels` wrote.
 
     Args:
-        data: the bytes.
-        count: number of levels.
+        data, count: the bytes, and the number of levels.
 
     Raises:
         ValueError: the bytes contradict each other or ``count``.
@@ -305,18 +276,11 @@ _TABLE_BITS = 8 * 25  # what a further histogram costs
 
 
 def encode_map(levels: Bytes, payload_bits: float = 0.0) -> tuple[str, bytes]:
-    """Return the shortest of four forms for levels 1 to 8, its name and its bytes.
+    """Return the shortest of four forms for levels 1 to 8, uint8 of any shape (rows first): its name and its bytes.
 
     ``constant`` is one byte. ``fixed`` has ``ceil(log2 k)`` bits per entry for ``k`` different levels. ``coded`` is
     within about a per cent of the entropy (see :func:`encode_levels`). ``lines`` codes rows and columns of few and of
     many bits apart, below that entropy where inputs or outputs differ.
-
-    Args:
-        levels: bits of each entry, uint8, any shape; the first dimension are the rows.
-        payload_bits: size of the digits that go with them.
-
-    >>> encode_map(np.array([3, 3, 3], np.uint8))
-    ('constant', b'\\x03')
     """
     flat = levels.reshape(-1)
     used = tally(flat)[0].astype(np.uint8)
@@ -327,29 +291,17 @@ def encode_map(levels: Bytes, payload_bits: float = 0.0) -> tuple[str, bytes]:
     ranks = np.searchsorted(used, flat).astype(np.uint8)
     planes = [np.packbits(ranks & np.uint8(1 << bit)).tobytes() for bit in range((len(used) - 1).bit_length())]
     forms = {"fixed": bytes([len(used)]) + used.tobytes() + b"".join(planes)}
-    rows = _rows(levels.shape)
-    if rows > 1 and (apart := _encode_lines(levels.reshape(rows, -1), payload_bits)):
+    matrix = levels.reshape(len(levels), -1) if levels.ndim > 1 else levels[None]
+    if len(matrix) > 1 and (apart := _encode_lines(matrix, payload_bits)):
         forms["lines"] = apart
-    elif (coded := encode_levels(flat, payload_bits)) is not None:
-        forms["coded"] = coded
+    else:
+        forms["coded"] = encode_levels(flat, payload_bits)
     form = min(forms, key=lambda name: len(forms[name]))
     return form, forms[form]
 
 
 def decode_map(form: str, data: bytes, shape: Shape) -> Bytes:
-    """Return the levels, uint8 of ``shape``, that :func:`encode_map` wrote.
-
-    Args:
-        form: ``"constant"``, ``"fixed"``, ``"coded"`` or ``"lines"``.
-        data: the bytes.
-        shape: of the map.
-
-    Raises:
-        ValueError: unknown form, or bytes that do not fit it, or levels other than 1 to 8.
-
-    >>> decode_map("constant", b"\\x03", (2,)).tolist()
-    [3, 3]
-    """
+    """Return the levels, uint8 of ``shape``, that :func:`encode_map` wrote; ValueError where anything does not fit."""
     count = math.prod(shape)
     if form == "constant":
         if len(data) != (count > 0):
@@ -369,8 +321,8 @@ def decode_map(form: str, data: bytes, shape: Shape) -> Bytes:
         levels = np.frombuffer(data, np.uint8, kinds, 1).take(ranks)
     elif form == "coded":
         levels = decode_levels(data, count)
-    elif form == "lines" and (rows := _rows(shape)) > 1:
-        levels = _decode_lines(data, (rows, count // rows))
+    elif form == "lines" and len(shape) > 1 and shape[0] > 1:
+        levels = _decode_lines(data, (shape[0], count // shape[0]))
     else:
         raise ValueError(f"form of a map must be 'constant', 'fixed', 'coded' or 'lines', got {form!r}: damaged")
     if count and not 1 <= int(levels.min()) <= int(levels.max()) <= 8:
@@ -378,17 +330,8 @@ def decode_map(form: str, data: bytes, shape: Shape) -> Bytes:
     return levels.reshape(shape)
 
 
-def _rows(shape: Shape) -> int:
-    """Rows of a map; 1 for none."""
-    return shape[0] if len(shape) > 1 else 1
-
-
 def _line_classes(excess: NDArray[np.int64]) -> Bytes:
-    """Class of each line, by its sum of excess: 8 for the largest, one less for each halving, down to 2; 1 for none.
-
-    >>> _line_classes(np.array([0, 64, 31, 1])).tolist()
-    [1, 8, 7, 2]
-    """
+    """Class of each line, by its sum of excess: 8 for the largest, one less for each halving, down to 2; 1 for none."""
     halvings = np.log2(np.maximum(excess, 1) / max(1, int(excess.max(initial=0))))
     return np.where(excess > 0, np.rint(_CLASSES + halvings).clip(2), 1).astype(np.uint8)
 
@@ -421,17 +364,15 @@ def _encode_lines(levels: Bytes, payload_bits: float) -> bytes | None:
 def _decode_lines(data: bytes, shape: tuple[int, int]) -> Bytes:
     """Inverse of :func:`_encode_lines`; ValueError where the bytes contradict each other or ``shape``."""
     parts, at = [], 0
-    while at < len(data):
-        if len(data) - at < _PART.size:
-            raise ValueError("a map by lines must end with a whole part: it is damaged")
-        form, size = _PART.unpack_from(data, at)
-        at += _PART.size
-        if form >= len(_FORMS) or size > len(data) - at:
-            raise ValueError("a map by lines must name known forms and its own size: it is damaged")
-        parts.append((_FORMS[form], data[at : at + size]))
-        at += size
-    if len(parts) < 3:
-        raise ValueError(f"a map by lines must have at least 3 parts, got {len(parts)}: it is damaged")
+    try:
+        while at < len(data):
+            form, size = _PART.unpack_from(data, at)
+            at += _PART.size + size
+            parts.append((_FORMS[form], data[at - size : at]))
+    except (struct.error, IndexError):
+        raise ValueError("a map by lines must hold whole parts of known forms: it is damaged") from None
+    if at != len(data) or len(parts) < 3:
+        raise ValueError(f"a map by lines must have at least 3 whole parts, got {len(parts)}: it is damaged")
     rows, columns = (decode_map(*part, (length,)) for part, length in zip(parts, shape, strict=False))
     contexts = _places(rows, columns)
     if len(parts) != 2 + len(contexts):
@@ -447,46 +388,22 @@ def _decode_lines(data: bytes, shape: tuple[int, int]) -> Bytes:
 
 
 def group_map(bits: Bytes, block: int | None = None) -> tuple[Bytes, int | None]:
-    """Find out which weights share their bits, so that the map is stored once per group.
+    """Find out which weights share their bits, all, by row, by column or by ``block``, to store them once a group.
 
-    Args:
-        bits: for every weight, uint8 of the weight's shape.
-        block: size of the blocks to try.
-
-    Returns:
-        The levels per group, of a shape that broadcasts to the weight (``(groups,)`` for blocks), and the block size.
-
-    Reference: zhou2023sysmol
-
-    >>> group_map(np.array([[1, 4], [1, 4]], np.uint8))
-    (array([[1, 4]], dtype=uint8), None)
+    Returns the levels per group, of a shape that broadcasts to the weight or ``(groups,)``, and the size of its blocks.
     """
-    if bits.size and (bits == bits.flat[0]).all():
-        return bits.reshape(-1)[:1].reshape((1,) * bits.ndim), None
     found: list[tuple[Bytes, int | None]] = [(bits, None)]
-    for axis in range(min(2, bits.ndim) if bits.size else 0):
+    for axis in (None, 0, 1):
         first = bits[tuple(slice(None) if i == axis else slice(1) for i in range(bits.ndim))]
         if (bits == first).all():
             found.append((first, None))
-    if block and bits.size:
-        flat = bits.reshape(-1)
-        shared = flat[::block]
-        if (np.repeat(shared, block)[: len(flat)] == flat).all():
-            found.append((shared, block))
-    return min(found, key=lambda item: item[0].size)
+    if block and (bits.reshape(-1) == ungroup_map(bits.reshape(-1)[::block], block, bits.shape)).all():
+        found.append((bits.reshape(-1)[::block], block))
+    return min(found, key=lambda item: item[0].size)  # the first of the smallest
 
 
 def ungroup_map(levels: Bytes, block: int | None, full: Shape) -> Bytes:
-    """Return the levels of every weight, flat, from those per group.
-
-    Args:
-        levels: per group, as :func:`group_map` returns them.
-        block: size of the blocks, or ``None``.
-        full: shape of the weight.
-
-    >>> ungroup_map(np.array([[1, 4]], np.uint8), None, (2, 2)).tolist()
-    [1, 4, 1, 4]
-    """
+    """Return the levels of every weight, flat, from what :func:`group_map` returns and the weight's shape."""
     if block:
         return np.repeat(levels, block)[: math.prod(full)]
     return levels.reshape(-1) if levels.shape == full else np.broadcast_to(levels, full).flatten()

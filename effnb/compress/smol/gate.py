@@ -17,24 +17,13 @@ from effnb.compress.smol.noise import (
     s_from_bits,
 )
 
+__all__ = ["SmolActivation", "SmolGate"]
+
 
 def initial_scale(weight: Tensor, scale: str | float | Tensor = "std", limit: float = 0.0) -> Tensor:
-    """Return the fp32 scale ``a`` of a weight, which then reads ``a * u`` with ``u`` in (-2, 2).
+    """Return the fp32 scale ``a`` of a weight, which then reads ``a * u``, for the ``scale`` of :class:`SmolGate`.
 
-    Args:
-        weight: the initial weight.
-        scale: ``"std"``, the standard deviation; ``"max"``, the largest magnitude over ``2 - limit``; a number that
-            multiplies the standard deviation; or a tensor with the scale itself, which may differ by output channel.
-        limit: initial ``sigma``, for ``"max"``.
-
-    Returns:
-        Float32 tensor, 0-d unless ``scale`` was a tensor of more entries.
-
-    Raises:
-        ValueError: unknown ``scale``, or a scale that is zero, negative or not finite.
-
-    >>> initial_scale(torch.tensor([-1.0, 1.0, 3.0]), "max", limit=0.5)
-    tensor(2.)
+    ``limit`` is the initial ``sigma``, for ``"max"``. The result is 0-d unless ``scale`` was a tensor of more entries.
     """
     w = weight.detach().double()
     if isinstance(scale, Tensor):
@@ -209,18 +198,14 @@ class SmolGate(nn.Module):
 class SmolActivation(SmolGate):
     r"""Activations clipped to ``a * (2 - sigma)``, with noise of size ``a * sigma(s_c)`` on channel ``c``; later codes.
 
-    The penalty counts the activations of one example. Without ``scale`` the first batch in training sets
-    ``a = max |x| / 2``. Stays in the model after ``finalize()``, as the quantiser. Note that the format has no code
-    for 0: a silent ReLU becomes ``+-a * 2^(1-p)``, a constant that the next layer's bias can take up.
+    The penalty counts the activations of one example. Stays in the model after ``finalize()``, as the quantiser. Note
+    that the format has no code for 0: a silent ReLU becomes ``+-a * 2^(1-p)``, a constant that the next layer's bias
+    can take up.
 
     Args:
         channels: size of dimension ``dim`` of the input.
-        init_bits: bits that the limits start from, in (1, 16].
-        noise: ``"uniform"`` or ``"rademacher"``.
-        lam: fused penalty, >= 0.
-        scale: the scale ``a``; ``None`` for the first batch's.
-        dim: dimension of the channels.
-        generator: stream for the noise.
+        scale: the scale ``a``; ``None``: the first batch in training sets ``a = max |x| / 2``.
+        init_bits, noise, lam, generator: as in :class:`SmolGate`.
 
     Raises:
         ValueError: an argument out of range; an input with another number of channels, or all zero when ``a`` is set.

@@ -1,6 +1,5 @@
 """SMOL for a whole model: put limits on, search, freeze the bits, fine-tune, finish; and what the bits cost."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -12,6 +11,8 @@ from effnb.common import check_choice, check_count, check_number, mode_restored
 from effnb.compress._gated import GatedLayers, check_optimizer, select_layers, watch_decay
 from effnb.compress.smol.gate import SmolActivation, SmolGate
 from effnb.compress.smol.noise import NOISE_POWER, Granularity, check_bits
+
+__all__ = ["BitCost", "Frozen", "SmolHandle", "apply_smol", "map_entropy", "recalibrate_batch_norm", "warn_of_decay"]
 
 
 class Frozen(NamedTuple):
@@ -56,10 +57,6 @@ def map_entropy(bits: Tensor) -> float:
 
 class SmolHandle(GatedLayers):
     """Everything a training loop needs; made by :func:`apply_smol` or :func:`uniform_qat`.
-
-    Args:
-        model: the model, changed in place.
-        gates: layer's name to the gate on its weight.
 
     Reference: savarese2022bits
 
@@ -125,11 +122,8 @@ class SmolHandle(GatedLayers):
 
     def histogram(self) -> dict[int, int]:
         """Return bits to number of weights."""
-        counts: Counter[int] = Counter()
-        for bits in self.bits().values():
-            levels, numbers = bits.unique(return_counts=True)
-            counts.update(dict(zip(levels.tolist(), numbers.tolist(), strict=True)))
-        return dict(sorted(counts.items()))
+        counts = torch.cat([bits.flatten().cpu() for bits in self.bits().values()]).bincount()
+        return {bits: count for bits, count in enumerate(counts.tolist()) if count}
 
     def cost(self) -> BitCost:
         """Return bits per weight: payload, entropy of the map of bits (which must be stored too), and their sum."""
@@ -173,11 +167,7 @@ class SmolHandle(GatedLayers):
         return Frozen(self.average_bits(), capped, raised)
 
     def finalize(self) -> nn.Module:
-        """Put the quantised weights in place of the gates; the handle is finished. Activation layers stay.
-
-        Returns:
-            The model, with plain weights.
-        """
+        """Put the quantised weights in place of the gates; the handle is finished. Activation layers stay."""
         if not self.is_frozen:
             raise RuntimeError("finalize() needs fixed bits: call freeze() before")
         return super().finalize()
@@ -209,20 +199,12 @@ def apply_smol(
     Args:
         model: any module.
         init_bits: bits that all limits start from, in (1, 16].
-        granularity: ``"weight"``, ``"filter"``, ``"input"``, ``"layer"`` or ``("block", g)``, see :class:`SmolGate`.
-        include: types of layers to take.
-        exclude: names, patterns or types to leave out.
+        include, exclude: layers to take, see :func:`select_layers`.
         lam: price of a bit, >= 0, fused into the gradient of the limits. Stated for uniform noise: Rademacher noise
             has three times the variance, and its price is multiplied by 3 so that the same ``lam`` gives the same bits.
-        noise: ``"uniform"`` or ``"rademacher"``.
-        scale: ``"std"``, ``"max"`` or a factor on the standard deviation, see :class:`SmolGate`.
+        granularity, noise, scale, strict, generator: as in :class:`SmolGate`.
         activations: name of a module to its number of output channels: learn limits for these activations too. The
             module becomes ``nn.Sequential(module, SmolActivation)``.
-        strict: refuse blocks that do not divide a weight.
-        generator: stream for the noise; ``None`` for torch's own.
-
-    Returns:
-        The handle.
 
     Raises:
         ValueError: a number out of range, no layer matches, a weight without scale (all zero), unknown names.
@@ -237,23 +219,18 @@ def apply_smol(
     # All that can be refused is refused before the model is touched.
     check_number("lam", lam, ge=0)
     check_choice("noise", noise, NOISE_POWER)
-    layers = select_layers(model, include, exclude)
-    known = {name for name, _ in model.named_modules() if name}
-    if unknown := sorted(set(activations or {}) - known):
+    weights = {name: layer.weight for name, layer in select_layers(model, include, exclude).items()}
+    if unknown := sorted(set(activations or {}) - {name for name, _ in model.named_modules() if name}):
         raise ValueError(f"activations must name modules of the model, got {unknown}")
-    options = {"init_bits": init_bits, "noise": noise, "generator": generator, "lam": lam * NOISE_POWER[noise]}
-    gates = {
-        name: SmolGate(layer.weight, granularity=granularity, scale=scale, strict=strict, **options)
-        for name, layer in layers.items()
-    }
-    device = next(iter(layers.values())).weight.device
-    added = {name: SmolActivation(channels, **options).to(device) for name, channels in (activations or {}).items()}
+    lam *= NOISE_POWER[noise]
+    gates = {n: SmolGate(w, init_bits, granularity, noise, lam, scale, strict, generator) for n, w in weights.items()}
+    device, wanted = next(iter(weights.values())).device, (activations or {}).items()
+    added = {n: SmolActivation(c, init_bits, noise, lam, generator=generator).to(device) for n, c in wanted}
     handle = SmolHandle(model, gates)
     for name, layer in added.items():
         # The handle keeps layers, not only names, since a gated layer itself may move into the Sequential.
-        parent, _, child = name.rpartition(".")
         module = model.get_submodule(name)
-        setattr(model.get_submodule(parent), child, nn.Sequential(module, layer.train(module.training)))
+        model.set_submodule(name, nn.Sequential(module, layer.train(module.training)))
     handle.activations = added
     return handle
 
@@ -263,15 +240,12 @@ def recalibrate_batch_norm(model: nn.Module, x: Tensor, batch_size: int = 256) -
     """Estimate all running means and variances anew on ``x``: those collected under noise are of another network.
 
     Call it after ``freeze()``. All else runs in eval mode, so that neither noise nor dropout is drawn. Each batch
-    counts alike.
+    counts alike. Returns the number of normalisation layers.
 
     Args:
         model: any module; modes and momenta are restored.
         x: inputs ``(n, ...)``, from the training data.
         batch_size: examples at once, >= 1.
-
-    Returns:
-        Number of normalisation layers found.
 
     Raises:
         ValueError: no input, or ``batch_size`` below 1.

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from effnb.common import check_choice, check_count, check_number
 
+__all__ = ["bits_from_s", "codebook", "draw_noise", "perturb", "quantize_pm1", "s_from_bits"]
+
 LN2 = math.log(2.0)
 MAX_BITS = 16
 Granularity = str | tuple[str, int]
@@ -57,18 +59,12 @@ def s_from_bits(p: Tensor | float) -> Tensor | float:
 
 
 def codebook(p: int) -> Tensor:
-    r"""Return all ``2^p`` codes in ascending order: the odd multiples of ``2^(1-p)`` up to ``2 - 2^(1-p)``.
+    r"""Return all codes, float32 ``(2^p,)``, ascending: the odd multiples of ``2^(1-p)`` up to ``2 - 2^(1-p)``.
 
     Each is a sum ``b_0 + b_1 / 2 + ... + b_(p-1) / 2^(p-1)`` of digits ``b_i`` in {-1, +1}; 0 is not among them.
 
     Args:
-        p: bits.
-
-    Returns:
-        Float32 tensor ``(2^p,)``.
-
-    Raises:
-        ValueError: ``p`` is not a whole number from 1 to 16.
+        p: bits, 1 to 16; ValueError for anything else.
 
     Reference: savarese2022bits
 
@@ -173,22 +169,11 @@ def quantize_weight(w: Tensor, per_unit: Tensor | float, scale: Tensor) -> Tenso
 
 
 class Groups:
-    """How the weights of one tensor are divided into groups that share a limit.
+    """How the weights of a tensor (``full``) are divided into groups that share a limit, see :class:`SmolGate`.
 
-    Args:
-        shape: of the weight, output channel first.
-        granularity: ``"weight"``, ``"filter"`` (first dimension), ``"input"`` (second dimension), ``"layer"``, or
-            ``("block", g)`` for ``g`` consecutive weights.
-        strict: refuse a block size that does not divide the number of weights; else the last block is shorter.
-
-    Raises:
-        ValueError: unknown granularity, block size below 1 or (``strict``) not a divisor, too few dimensions.
+    ``shape`` is that of the limits. A block size that does not divide the weights leaves a shorter block at the end.
 
     Reference: zhou2023sysmol
-
-    >>> groups = Groups((2, 3), "input")
-    >>> groups.shape, groups.reduce(torch.ones(2, 3))
-    ((1, 3), tensor([[2., 2., 2.]]))
     """
 
     def __init__(self, shape: Iterable[int], granularity: Granularity = "weight", strict: bool = False) -> None:
@@ -270,13 +255,9 @@ def draw_noise(
     ``(1 - 2^-30) / 3``. Rademacher noise is an int8 of -1 or +1.
 
     Args:
-        count: number of values, >= 0.
+        count: number of values, >= 0; the result is ``(count,)``.
         noise: ``"uniform"`` or ``"rademacher"``.
-        generator: stream to draw from; ``None`` for torch's own.
-        device: where the values live.
-
-    Returns:
-        ``(count,)`` int16 or int8.
+        generator, device: stream to draw from (``None`` for torch's own), and where the values live.
 
     Raises:
         ValueError: unknown noise, or a negative count.
@@ -369,8 +350,7 @@ def perturb(
 
     Reference: savarese2022bits
 
-    >>> u, s = torch.zeros(1000), torch.tensor(0.0)
-    >>> w = perturb(u, s, scale=2.0, generator=torch.Generator().manual_seed(0))
+    >>> w = perturb(torch.zeros(1000), torch.tensor(0.0), scale=2.0, generator=torch.Generator().manual_seed(0))
     >>> bool(w.abs().max() < 1.0), bool(w.std() > 0.55)
     (True, True)
     """

@@ -10,8 +10,9 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,25 +20,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from effnb.common import check_number, kind, write_atomically
-from effnb.compress.smol.codec import (
-    decode_map,
-    encode_map,
-    group_map,
-    pack_planes,
-    plane_bytes,
-    ungroup_map,
-    unpack_planes,
-)
+from effnb.compress.smol import codec
 from effnb.compress.smol.gate import SmolGate
 from effnb.compress.smol.handle import map_entropy
 from effnb.compress.smol.noise import below_two, check_bits, check_broadcast, quantize_pm1
+
+__all__ = ["PackedModel", "QuantizedTensor", "pack"]
 
 MAGIC, VERSION = b"EFNBSMOL", 1
 _HEAD = struct.Struct("<HQI")  # version, length of the whole file, length of the index
 _LARGEST_INDEX = 1 << 26
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _TYPES = (*_FLOATS, "int64", "int32", "int16", "int8", "uint8", "bool")
-_COMMON = {"name", "kind", "dtype", "shape", "parts"}
+
 _PM1 = {"form": str, "map": list, "block": int | None, "scale": list, "bits": int}
 
 
@@ -82,16 +77,15 @@ class QuantizedTensor:
         return quantize_pm1(self.u.detach(), self.bits) * scale.to(self.u.device)
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor in the file: ``kind`` is ``"pm1"`` (scale, map of bits, digit planes) or ``"raw"`` (its bytes)."""
 
     name: str
     kind: str
     dtype: str
     shape: tuple[int, ...]
-    fields: dict = field(default_factory=dict)
-    parts: tuple[bytes, ...] = ()
+    fields: dict
+    parts: tuple[bytes, ...]
 
 
 def _type_name(tensor: Tensor) -> str:
@@ -103,19 +97,19 @@ def _encode(name: str, item: QuantizedTensor | Tensor) -> Entry:
     if isinstance(item, Tensor):
         if _type_name(item) not in _TYPES or item.layout is not torch.strided:
             raise TypeError(f"{name!r} must be a dense tensor of one of {_TYPES}, got {_type_name(item)}")
-        flat = item.detach().cpu().contiguous().reshape(-1)
-        return Entry(name, "raw", _type_name(item), tuple(item.shape), {}, (flat.view(torch.uint8).numpy().tobytes(),))
+        data = item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return Entry(name, "raw", _type_name(item), tuple(item.shape), {}, (data,))
     u = item.u.detach().cpu()
     bits = torch.as_tensor(item.bits).to(torch.uint8).cpu().broadcast_to(u.shape).contiguous().numpy()
     # The p-digit code is the head of the 8-digit code, so one quantisation serves all p.
     codes = u.clamp(-2.0, below_two(u.dtype)).mul_(64).floor_().add_(128).to(torch.uint8).reshape(-1).numpy()
-    planes = pack_planes(codes, bits.reshape(-1))
-    levels, block = group_map(bits, item.block)
+    planes = codec.pack_planes(codes, bits.reshape(-1))
+    levels, block = codec.group_map(bits, item.block)
     payload = int(bits.sum(dtype=np.int64))
-    form, index = encode_map(levels, payload)
-    scale = torch.as_tensor(item.scale, dtype=torch.float32).detach().cpu()
+    form, index = codec.encode_map(levels, payload)
+    scale = torch.as_tensor(item.scale, dtype=torch.float32).detach().cpu().contiguous().numpy()
     fields = {"form": form, "map": list(levels.shape), "block": block, "scale": list(scale.shape), "bits": payload}
-    parts = (scale.contiguous().numpy().astype("<f4").tobytes(), index, planes)
+    parts = (scale.astype("<f4").tobytes(), index, planes)
     return Entry(name, "pm1", _type_name(u), tuple(u.shape), fields, parts)
 
 
@@ -128,35 +122,35 @@ def _group_levels(entry: Entry) -> np.ndarray:
         fits = len(shape) == len(full) and all(a in (1, b) for a, b in zip(shape, full, strict=True))
     if not fits:
         raise ValueError(f"a map of shape {shape} must fit a weight of shape {full}: the file is damaged")
-    return decode_map(entry.fields["form"], entry.parts[1], shape)
+    return codec.decode_map(entry.fields["form"], entry.parts[1], shape)
 
 
 def _weight_levels(entry: Entry) -> np.ndarray:
     """Bits of every weight, flat."""
-    return ungroup_map(_group_levels(entry), entry.fields["block"], entry.shape)
+    return codec.ungroup_map(_group_levels(entry), entry.fields["block"], entry.shape)
 
 
 def _decode(entry: Entry) -> Tensor:
     """Inverse of :func:`_encode`: the tensor, a quantised one as the weight itself."""
-    dtype, size = getattr(torch, entry.dtype), math.prod(entry.shape)
-    if entry.kind == "raw":
-        data = bytearray(entry.parts[0])  # a copy: a tensor must not write into the file's bytes
+    name, form, dtype, shape, fields, parts = entry
+    dtype, size = getattr(torch, dtype), math.prod(shape)
+    if form == "raw":
+        data = bytearray(parts[0])  # a copy: a tensor must not write into the file's bytes
         if len(data) != size * dtype.itemsize:
-            raise ValueError(f"{entry.name!r} must have {size} entries of {dtype}: the file is damaged")
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return flat.reshape(entry.shape)
-    if size > 8 * len(entry.parts[2]):  # each weight has a digit: refuse before allocating
-        raise ValueError(f"{entry.name!r} must have a digit for each of {entry.shape} weights: the file is damaged")
-    scale = np.frombuffer(entry.parts[0], "<f4").astype(np.float32)
-    if scale.size != math.prod(entry.fields["scale"]):
-        raise ValueError(f"{entry.name!r} must have a scale of shape {entry.fields['scale']}: the file is damaged")
-    check_broadcast(f"scale of {entry.name!r}", entry.fields["scale"], entry.shape)
+            raise ValueError(f"{name!r} must have {size} entries of {dtype}: the file is damaged")
+        return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(shape)
+    if size > 8 * len(parts[2]):  # each weight has a digit: refuse before allocating
+        raise ValueError(f"{name!r} must have a digit for each of {shape} weights: the file is damaged")
+    scale = np.frombuffer(parts[0], "<f4").astype(np.float32)
+    if scale.size != math.prod(fields["scale"]):
+        raise ValueError(f"{name!r} must have a scale of shape {fields['scale']}: the file is damaged")
+    check_broadcast(f"scale of {name!r}", fields["scale"], shape)
     bits = _weight_levels(entry)
-    codes = torch.from_numpy(unpack_planes(entry.parts[2], bits))
+    codes = torch.from_numpy(codec.unpack_planes(parts[2], bits))
     # The digits that a weight does not have are 0; half a step puts its value into the middle of its cell.
     halves = np.array([2.0 ** (1 - p) - 2 for p in range(9)], np.float32)
     values = codes.to(torch.float32).mul_(1 / 64).add_(torch.from_numpy(halves.take(bits)))
-    return values.to(dtype).view(entry.shape).mul_(torch.from_numpy(scale).reshape(entry.fields["scale"]).to(dtype))
+    return values.to(dtype).view(shape).mul_(torch.from_numpy(scale).reshape(fields["scale"]).to(dtype))
 
 
 class PackedModel:
@@ -201,7 +195,7 @@ class PackedModel:
     @property
     def raw_bytes(self) -> int:
         """Bytes of tensors that are not quantised: biases, normalisation, scales."""
-        return sum(len(part) for e in self.entries for part in (e.parts if e.kind == "raw" else e.parts[:1]))
+        return sum(len(entry.parts[0]) for entry in self.entries)
 
     @property
     def nbytes(self) -> int:
@@ -212,8 +206,7 @@ class PackedModel:
         """Return the file's content."""
         if self._data is None:
             records = [
-                {"name": e.name, "kind": e.kind, "dtype": e.dtype, "shape": e.shape, "parts": [len(p) for p in e.parts]}
-                | e.fields
+                dict(name=e.name, kind=e.kind, dtype=e.dtype, shape=e.shape, parts=[*map(len, e.parts)], **e.fields)
                 for e in self.entries
             ]
             index = zlib.compress(json.dumps(records, separators=(",", ":")).encode(), 9)
@@ -239,9 +232,8 @@ class PackedModel:
         if not data.startswith(MAGIC):
             raise ValueError(f"{source} must start with {MAGIC!r}: not a packed model")
         at = len(MAGIC) + _HEAD.size
-        if len(data) < at + 4:
-            raise ValueError(f"{source} is truncated: it has {len(data)} bytes, the header alone takes {at}")
-        version, length, size = _HEAD.unpack_from(data, len(MAGIC))
+        whole = len(data) >= at + 4
+        version, length, size = _HEAD.unpack_from(data, len(MAGIC)) if whole else (VERSION, at + 4, 0)
         if version != VERSION:
             raise ValueError(f"{source} must have version {VERSION}, got {version}")
         if len(data) < length:
@@ -260,19 +252,18 @@ class PackedModel:
                 if not _is_sound(record):
                     raise ValueError(f"{source} is damaged: entry {record.get('name')!r} has fields out of range")
                 parts = []
-                for size in record["parts"]:
+                for size in record.pop("parts"):
                     parts.append(data[at : at + size])
                     at += size
-                rest = {key: value for key, value in record.items() if key not in _COMMON}
-                shape = tuple(record["shape"])
-                entries.append(Entry(record["name"], record["kind"], record["dtype"], shape, rest, tuple(parts)))
+                name, form, dtype, shape = (record.pop(key) for key in ("name", "kind", "dtype", "shape"))
+                entries.append(Entry(name, form, dtype, tuple(shape), record, tuple(parts)))
         except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, zlib.error) as error:
             raise ValueError(f"{source} is damaged: its index cannot be read ({error})") from None
         if at != len(data) - 4:
             raise ValueError(f"{source} is damaged: it must hold {at + 4} bytes by its index, got {len(data)}")
         packed = cls(entries)
         for entry in packed._quantised():
-            if plane_bytes(_weight_levels(entry)) != len(entry.parts[2]):
+            if codec.plane_bytes(_weight_levels(entry)) != len(entry.parts[2]):
                 raise ValueError(f"{source}: {entry.name!r} has a map of bits that does not fit its digits: damaged")
         return packed
 
@@ -302,9 +293,6 @@ def pack(model_or_tensors: nn.Module | Mapping[str, QuantizedTensor | Tensor | t
         model_or_tensors: a module with frozen :class:`SmolGate`, before ``finalize()``; or a mapping from name to
             :class:`QuantizedTensor` or ``(u, bits, scale)`` (packed), or to a plain tensor (stored as it is).
 
-    Returns:
-        The packed model; its ``to_state_dict()`` has the plain model's names.
-
     Raises:
         ValueError: no quantised tensor, bits not fixed yet, bits outside 1 to 8, or other values out of range.
         TypeError: an item is neither tensor nor quantised tensor.
@@ -319,15 +307,14 @@ def pack(model_or_tensors: nn.Module | Mapping[str, QuantizedTensor | Tensor | t
     if isinstance(model_or_tensors, nn.Module):
         items, hidden = {}, []
         for name, layer in model_or_tensors.named_modules():
-            if not parametrize.is_parametrized(layer, "weight"):
-                continue
-            gate, w = layer.parametrizations.weight[0], layer.parametrizations.weight.original
+            gate = layer.parametrizations.weight[0] if parametrize.is_parametrized(layer, "weight") else None
             if not isinstance(gate, SmolGate):
                 continue
             if not gate.is_frozen:
                 raise ValueError(f"bits of layer {name!r} must be fixed before packing: call freeze()")
             prefix = f"{name}.".removeprefix(".")
             # Fine-tuning may have moved a weight out of range; its code is the last one all the same.
+            w = layer.parametrizations.weight.original
             u = (w / gate.scale.to(w.dtype)).clamp(-2, 2)
             items[f"{prefix}weight"] = QuantizedTensor(u, gate.weight_bits(), gate.scale, gate.groups.block)
             hidden.append(f"{prefix}parametrizations.weight.")
