@@ -43,7 +43,7 @@ class FisherWatch:
     """Collects ``F_c = mean_n g_nc^2 / 2`` of every convolution and linear output during a backward pass.
 
     ``overwritten`` tells that an output was changed in place (an in-place ReLU, a ``+=``) before its gradient came;
-    the values are wrong then, and the pass must be repeated with ``copy=True``, which costs a copy of each output.
+    the values are wrong then, and the pass must be repeated with ``copy``, which costs a copy of each output.
     """
 
     def __init__(self, copy: bool) -> None:
@@ -54,7 +54,7 @@ class FisherWatch:
         """Wait for the gradient of the output ``z``."""
         if not z.requires_grad:
             return
-        value, version = z.detach().clone() if self.copy else z.detach(), z._version
+        value, version = (z.detach().clone() if self.copy else z.detach()), z._version
 
         def arrived(grad: Tensor) -> None:
             # A hook on a tensor sees the gradient of what it was before it was overwritten, but not that value.
@@ -80,7 +80,7 @@ class GradientPass:
         loss_fn: mean loss of a batch.
         seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
         fisher: also collect what `fisher` needs.
-        codes: also collect what `naswot` needs; wants two samples or more.
+        codes: also collect what `naswot` needs, from two samples or more.
 
     Raises:
         ValueError: an empty batch, labels out of range, inputs or a loss that are not finite, no trainable weight.
@@ -103,7 +103,7 @@ class GradientPass:
         codes: bool = False,
     ) -> None:
         x, y = read_batch(batch, 2 if codes else 1)
-        self.model, self.weights = model, weights(model)
+        self.weights = weights(model)
         self.layers = list(find_layers(model).values()) if fisher else None
         self.codes = CodeKernel() if codes else None
         for copy in (False, True):
@@ -134,13 +134,13 @@ class GradientPass:
         return total((self.weights[n].detach() * g).sum(dtype=torch.float64) for n, g in self.grads.items())
 
     def fisher(self, broadcast: bool = True) -> float:
-        """Return the sum over channels, each times its number of weights if ``broadcast``; to be collected likewise."""
+        """Return the sum over channels, each times its number of weights if ``broadcast``; needs ``fisher=True``."""
         seen = [layer for layer in self.layers if layer in self.channels]
         sums = [self.channels[m].sum(dtype=torch.float64) * (m.weight[0].numel() if broadcast else 1) for m in seen]
         return total(sums) if sums else 0.0
 
     def naswot(self) -> float:
-        """Return the log-determinant of the code kernel; the pass must have been told to collect it by ``codes``."""
+        """Return the log-determinant of the code kernel; needs ``codes=True``."""
         return log_determinant(self.codes.matrix())
 
 

@@ -27,14 +27,9 @@ def pure(
 ) -> Iterator[Call]:
     """Yield ``call(x)``, the model's logits, and leave no trace in the model or the global generators.
 
-    Buffers are updated on copies, modes are put back module by module, also after an exception.
-
-    Args:
-        model: a module of real numbers.
-        seed: of what the network draws itself, such as dropout; None takes the global state.
-        replaced: stands in for parameters and buffers of these names; of a shared one, one name is enough.
-        train: the mode inside.
-        strict: refuse logits that are no tensor; a loss of the user's own may read anything.
+    Buffers are updated on copies, modes are put back module by module, also after an exception. ``seed`` rules what the
+    network draws itself, such as dropout; None takes the global state. Tensors ``replaced`` stand in for parameters and
+    buffers of these names; of a shared one, one name is enough. Not ``strict`` lets logits be no tensor.
     """
     parameters, buffers = check_model(model)
     # Norms in train mode write to their buffers: let them write to copies.
