@@ -62,6 +62,27 @@ def test_synflow(bn, net):
     assert P.synflow(model, PAIR, bn=bn) == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
+def test_synflow_turns_no_mask_and_no_index():
+    """A boolean buffer has no absolute value, and the place -1 is not the place 1; a scale of -2 is made 2."""
+
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3, bias=False)
+            self.register_buffer("mask", torch.tensor([True, False, True]))
+            self.register_buffer("order", torch.tensor([-1, 0, 1]))
+            self.register_buffer("scale", torch.tensor(-2.0))
+
+        def forward(self, x):
+            return (super().forward(x) * self.scale)[:, self.order] * self.mask
+
+    model = Masked()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    sums = model.weight.detach().double().abs().sum(1)
+    assert P.synflow(model, torch.zeros(1, 4)) == pytest.approx(2 * float(sums[2] + sums[1]), rel=1e-12)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert model.mask.dtype == torch.bool and model.order.dtype == torch.int64
+
+
 @pytest.mark.parametrize("net", ALIVE)
 def test_jacob_cov(net):
     model = NETS[net]()

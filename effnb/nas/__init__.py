@@ -7,14 +7,6 @@ from effnb.nas.stats import *
 from effnb.nas.zico import *
 
 __all__ = [
-    "nanobench",
-    "nb201",
-    "proxies",
-    "search",
-    "stats",
-    "zico",
-    *proxies.__all__,
-    *search.__all__,
-    *stats.__all__,
-    *zico.__all__,
-]
+    "nanobench", "nb201", "proxies", "search", "stats", "zico",
+    *proxies.__all__, *search.__all__, *stats.__all__, *zico.__all__,
+]  # fmt: skip

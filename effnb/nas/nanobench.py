@@ -17,13 +17,7 @@ def images(x: Tensor) -> Tensor:
     """Return Fashion-MNIST as nano-bench sees it: pooled to 14 x 14 and standardised.
 
     Args:
-        x: ``(batch, 1, 28, 28)`` in [0, 1].
-
-    Returns:
-        ``(batch, 1, 14, 14)``.
-
-    Raises:
-        ValueError: for another shape.
+        x: ``(batch, 1, 28, 28)`` in [0, 1]; another shape raises ValueError.
 
     >>> images(torch.zeros(2, 1, 28, 28)).shape
     torch.Size([2, 1, 14, 14])
@@ -37,14 +31,8 @@ def sample_cells(count: int = 400, seed: int = 20240601) -> list[str]:
     """Return cells drawn without replacement, one from each of ``count`` classes of equal function.
 
     Args:
-        count: number of cells, 1 .. 6466.
+        count: number of cells, 1 .. 6466, else ValueError.
         seed: of ``numpy.random.default_rng``.
-
-    Returns:
-        Six digits each.
-
-    Raises:
-        ValueError: if ``count`` is out of range.
 
     >>> len({iso_class(cell) for cell in sample_cells(10)})
     10
@@ -54,9 +42,7 @@ def sample_cells(count: int = 400, seed: int = 20240601) -> list[str]:
     for cell in all_cells():
         first.setdefault(iso_class(cell), cell)
     check_count("count", count, 1, len(first))
-    chosen = np.random.default_rng(seed).choice(len(first), count, replace=False)
-    cells = list(first.values())
-    return [cells[i] for i in chosen]
+    return np.random.default_rng(seed).choice(list(first.values()), count, replace=False).tolist()
 
 
 def build_net(
@@ -65,10 +51,9 @@ def build_net(
     """Return the two-stage network of nano-bench around one cell.
 
     Args:
-        edges: six digits 0..4.
+        edges, generator: as for `effnb.nas.nb201.build_cell_net`.
         widths: channels of the two stages, >= 1; (8, 16) in the main table.
         depth: cells a stage, >= 1.
-        generator: stream for Kaiming-normal weights; ``None`` keeps torch's default initialisation, drawn globally.
 
     Returns:
         A module from ``(batch, 1, 14, 14)`` to ``(batch, 10)``.
@@ -102,9 +87,6 @@ def train_net(
         epochs: passes over the data, >= 1.
         batch_size: >= 2; a last smaller batch is left out.
         lr: peak learning rate, > 0.
-
-    Returns:
-        One loss an epoch.
 
     Raises:
         ValueError: if there is less than one batch, or a setting is out of range.

@@ -1,7 +1,7 @@
 """The cell space of NAS-Bench-201: 6 edges, 5 operations, 15,625 cells.
 
 A cell has four nodes; each edge ``i > j`` carries one operation, and a node is the sum of its edges. We write a cell as
-six digits, one an edge in the order of `EDGES`, each an index into `OPERATIONS`.
+six digits, one an edge in the order of `EDGES`, each an index into `OPERATIONS`; anything else raises ValueError.
 """
 
 import contextlib
@@ -19,11 +19,10 @@ EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 
 
 def check_edges(edges: str) -> str:
-    """Return ``edges`` if it names a cell, else raise `ValueError`."""
+    """Return ``edges`` if it names a cell, else raise ValueError."""
     if not isinstance(edges, str) or len(edges) != len(EDGES) or not set(edges) <= set("01234"):
-        raise ValueError(
-            f"edges must be a string of six digits 0..4 (operations of 0>1 0>2 1>2 0>3 1>3 2>3), got {edges!r}"
-        )
+        order = " ".join(f"{source}>{target}" for source, target in EDGES)
+        raise ValueError(f"edges must be a string of six digits 0..4 (operations of {order}), got {edges!r}")
     return edges
 
 
@@ -41,9 +40,6 @@ def edges_from_arch_str(arch: str) -> str:
 
     Args:
         arch: such as ``|nor_conv_3x3~0|+|none~0|skip_connect~1|+|none~0|none~1|avg_pool_3x3~2|``.
-
-    Returns:
-        Digits in the order of `EDGES`.
 
     Raises:
         ValueError: if the string has another shape, a source out of order or an unknown operation.
@@ -66,15 +62,6 @@ def edges_from_arch_str(arch: str) -> str:
 def arch_str_from_edges(edges: str) -> str:
     """Return the official API's architecture string of six digits; inverse of `edges_from_arch_str`.
 
-    Args:
-        edges: six digits 0..4.
-
-    Returns:
-        The architecture string.
-
-    Raises:
-        ValueError: if ``edges`` is not six digits 0..4.
-
     Reference: dong2020nasbench201.
 
     >>> arch_str_from_edges("301004")
@@ -86,15 +73,6 @@ def arch_str_from_edges(edges: str) -> str:
 
 def is_connected(edges: str) -> bool:
     """Return whether any path of operations other than ``none`` leads from the cell's input to its output.
-
-    Args:
-        edges: six digits 0..4.
-
-    Returns:
-        True if the input reaches node 3.
-
-    Raises:
-        ValueError: if ``edges`` is not six digits 0..4.
 
     >>> is_connected("100001"), is_connected("001011"), sum(not is_connected(cell) for cell in all_cells())
     (False, False, 341)
@@ -111,16 +89,8 @@ def iso_class(edges: str) -> str:
     """Return the official API's unique string of a cell; cells that share it compute the same function.
 
     A skip becomes its source, an operation on a lone zero a zero, and the terms of a sum are sorted: 6,466 strings for
-    15,625 cells. Zeros inside longer sums stay, as in the official code; without them 5,390 functions are left.
-
-    Args:
-        edges: six digits 0..4.
-
-    Returns:
-        The output node as an expression of the input ``0`` and the zero ``#``.
-
-    Raises:
-        ValueError: if ``edges`` is not six digits 0..4.
+    15,625 cells. Zeros inside longer sums stay, as in the official code; without them 5,390 functions are left. The
+    string is the output node as an expression of the input ``0`` and the zero ``#``.
 
     Reference: dong2020nasbench201.
 
@@ -160,9 +130,6 @@ class Cell(nn.Module):
     Args:
         edges: six digits 0..4.
         channels: width, >= 1.
-
-    Raises:
-        ValueError: if ``edges`` is not six digits 0..4.
 
     Reference: dong2020nasbench201.
 

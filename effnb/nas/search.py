@@ -1,5 +1,6 @@
 """Search under a budget: evolution by mutation (ZiCo's algorithm 1), and random search as what it must beat."""
 
+import functools
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -104,25 +105,25 @@ def evolve(
     check_count("steps", steps)
     check_count("population", population)
     check_choice("drop", drop, ("lowest", "oldest"))
-    rng, scored = np.random.default_rng(seed), Scored(score_fn)
+    rng, score = np.random.default_rng(seed), scored(score_fn)
     start = feasible(space, budget_fn, rng) if start is None else start
     if budget_fn and not budget_fn(start):
         raise ValueError(f"start must be within the budget, got {start!r}")
-    members = [(start, scored(start))]
+    members = [(start, score(start))]
     history = members[:]
     for _ in range(steps):
         arch = space.mutate(members[rng.integers(len(members))][0], rng)
         if budget_fn and not budget_fn(arch):
             continue  # a step all the same, as in the paper
-        members.append((arch, scored(arch)))
+        members.append((arch, score(arch)))
         history.append(members[-1])
         if len(members) > population:
             # Of equals the oldest goes, else a plateau of the score could not be crossed.
             lowest = min(range(len(members)), key=lambda i: members[i][1])
             members.pop(0 if drop == "oldest" else lowest)
-    best, score = max(history, key=lambda entry: entry[1])
+    best, highest = max(history, key=lambda entry: entry[1])
     left = tuple(arch for arch, _ in sorted(members, key=lambda entry: -entry[1]))
-    return SearchResult(best, score, tuple(history), len(scored.known), left)
+    return SearchResult(best, highest, tuple(history), score.cache_info().misses, left)
 
 
 def random_search(
@@ -136,42 +137,30 @@ def random_search(
     """Draw ``steps`` architectures within the budget and return the one with the highest score.
 
     Args:
-        space: `CellSpace`, or any `Space`.
-        score_fn: higher is better.
+        space, score_fn, budget_fn, seed: as for `evolve`, which also says what raises.
         steps: number of draws, >= 1.
-        budget_fn: whether an architecture is within the budget; ``None`` allows all.
-        seed: of the draws.
-
-    Returns:
-        The best; the first of equals.
-
-    Raises:
-        ValueError: ``steps < 1``, no architecture within the budget, or a score that is NaN.
 
     >>> random_search(CellSpace(), lambda cell: cell.count("3"), steps=100, seed=0).score
     4
     """
     check_count("steps", steps)
-    rng, scored = np.random.default_rng(seed), Scored(score_fn)
-    history = [(arch, scored(arch)) for arch in (feasible(space, budget_fn, rng) for _ in range(steps))]
-    best, score = max(history, key=lambda entry: entry[1])
-    return SearchResult(best, score, tuple(history), len(scored.known))
+    rng, score = np.random.default_rng(seed), scored(score_fn)
+    history = [(arch, score(arch)) for arch in (feasible(space, budget_fn, rng) for _ in range(steps))]
+    best, highest = max(history, key=lambda entry: entry[1])
+    return SearchResult(best, highest, tuple(history), score.cache_info().misses)
 
 
-class Scored:
-    """Remembers scores, and refuses NaN: comparisons with it would silently pick anything."""
+def scored(score_fn: Callable[[Arch], float]) -> Callable[[Arch], float]:
+    """Return a score that is remembered, and refuses NaN: comparisons with it would silently pick anything."""
 
-    def __init__(self, score_fn: Callable[[Arch], float]) -> None:
-        self.score_fn = score_fn
-        self.known: dict[Hashable, float] = {}
+    @functools.cache
+    def score(arch: Arch) -> float:
+        value = score_fn(arch)
+        if math.isnan(value):
+            raise ValueError(f"score_fn must not return NaN, got it for {arch!r}")
+        return value
 
-    def __call__(self, arch: Hashable) -> float:
-        if arch not in self.known:
-            value = self.score_fn(arch)
-            if math.isnan(value):
-                raise ValueError(f"score_fn must not return NaN, got it for {arch!r}")
-            self.known[arch] = value
-        return self.known[arch]
+    return score
 
 
 def feasible(space: Space[Arch], budget_fn: Callable[[Arch], bool] | None, rng: np.random.Generator) -> Arch:

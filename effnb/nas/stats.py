@@ -80,33 +80,29 @@ def rank_correlation(
     check_choice("method", method, ("spearman", "kendall"))
     check_count("bootstrap", bootstrap, 0)
     check_number("level", level, gt=0, lt=1)
-    columns, dropped = clean([scores, accuracy] if paired_with is None else [scores, accuracy, paired_with], nan)
+    check_choice("nan", nan, ("raise", "drop"))
+    inputs = [scores, accuracy] if paired_with is None else [scores, accuracy, paired_with]
+    arrays = [np.asarray(column, dtype=np.float64) for column in inputs]
+    if any(a.ndim != 1 or len(a) != len(arrays[0]) for a in arrays):
+        raise ValueError(f"scores, accuracy and paired_with must be of one length, got {[a.shape for a in arrays]}")
+    # NaN compares false with everything: a sort would give it some rank without a word.
+    missing = np.isnan(arrays).any(0)
+    dropped, count = int(missing.sum()), int((~missing).sum())
+    if dropped and nan == "raise":
+        raise ValueError(f"scores and accuracy must not be NaN, got {dropped} of {len(missing)}; see nan='drop'")
+    if count < 3:
+        raise ValueError(f"scores must hold at least 3 architectures, got {count}")
+    columns = np.stack(arrays)[:, ~missing]
     statistic = spearman if method == "spearman" else kendall
-    estimate = float(contrast(statistic, columns, np.arange(columns.shape[1])[None])[0])
+    estimate = float(contrast(statistic, columns, np.arange(count)[None])[0])
     if not bootstrap:
-        return Correlation(estimate, np.nan, np.nan, columns.shape[1], dropped)
-    index = np.random.default_rng(seed).integers(columns.shape[1], size=(bootstrap, columns.shape[1]))
+        return Correlation(estimate, np.nan, np.nan, count, dropped)
+    index = np.random.default_rng(seed).integers(count, size=(bootstrap, count))
     resamples = contrast(statistic, columns, index)
     tail = (1 - level) / 2
     # A resample may tie in all values; NaN for every one of them would only warn.
     lo, hi = np.nanquantile(resamples, [tail, 1 - tail]) if np.isfinite(resamples).any() else (np.nan, np.nan)
-    return Correlation(estimate, float(lo), float(hi), columns.shape[1], dropped, resamples)
-
-
-def clean(columns: list[ArrayLike], nan: str) -> tuple[np.ndarray, int]:
-    """Return ``(columns, n)`` without missing values, and how many architectures were left out."""
-    check_choice("nan", nan, ("raise", "drop"))
-    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
-    if any(a.ndim != 1 or len(a) != len(arrays[0]) for a in arrays):
-        raise ValueError(f"scores, accuracy and paired_with must be of one length, got {[a.shape for a in arrays]}")
-    table = np.stack(arrays)
-    # NaN compares false with everything: a sort would give it some rank without a word.
-    missing = np.isnan(table).any(0)
-    if missing.any() and nan == "raise":
-        raise ValueError(f"scores and accuracy must not be NaN, got {missing.sum()} of {len(missing)}; see nan='drop'")
-    if (~missing).sum() < 3:
-        raise ValueError(f"scores must hold at least 3 architectures, got {(~missing).sum()}")
-    return table[:, ~missing], int(missing.sum())
+    return Correlation(estimate, float(lo), float(hi), count, dropped, resamples)
 
 
 def contrast(statistic, columns: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -130,9 +126,8 @@ def centred_ranks(values: np.ndarray, index: np.ndarray) -> np.ndarray:
     value's dense rank needs no sort of the resamples.
     """
     dense = np.unique(values, return_inverse=True)[1]
-    drawn = dense[index]
+    drawn, width = dense[index], dense.max() + 1
     rows, n = index.shape
-    width = dense.max() + 1
     counts = np.bincount((drawn + width * np.arange(rows)[:, None]).ravel(), minlength=rows * width)
     counts = counts.reshape(rows, width)
     ranks = counts.cumsum(1) - (counts - 1) / 2
@@ -149,14 +144,11 @@ def kendall(x: np.ndarray, y: np.ndarray, index: np.ndarray) -> np.ndarray:
     if len(index) == 1 or n > 4096:
         return np.array([kendalltau(x[row], y[row]).statistic for row in index])
     counts = np.stack([np.bincount(row, minlength=n) for row in index]).astype(np.float64)
-    signs = [np.sign(dense[:, None] - dense).astype(np.float64) for dense in map(dense_ranks, (x, y))]
+    # Ranks without gaps compare as the values do, infinities included.
+    dense = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
+    signs = [np.sign(ranks[:, None] - ranks).astype(np.float64) for ranks in dense]
     forms = [((counts @ form) * counts).sum(1) for form in (signs[0] * signs[1], signs[0] ** 2, signs[1] ** 2)]
     return ratio(forms[0], np.sqrt(forms[1] * forms[2]))
-
-
-def dense_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks without gaps; they compare as the values, infinities included."""
-    return np.unique(values, return_inverse=True)[1]
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -172,12 +164,6 @@ def spearman_brown(reliability: float, count: float) -> float:
     Args:
         reliability: correlation r between two single runs, in (-1, 1].
         count: number k of runs in the mean, > 0.
-
-    Returns:
-        The correlation between two such means.
-
-    Raises:
-        ValueError: an argument out of range.
 
     Reference: spearman1910correlation.
 
@@ -202,13 +188,10 @@ def rank_table(
         scores: name to ``(n,)`` scores.
         targets: name to ``(n,)`` values to be predicted.
         rivals: pairs of names; the row holds the correlation of the first minus that of the second.
-        options: of `rank_correlation`.
+        options: of `rank_correlation`, which also says what raises.
 
     Returns:
         Rows with the keys ``scores``, ``rival`` (empty for a correlation), ``target``, ``estimate``, ``lo``, ``hi``.
-
-    Raises:
-        ValueError: as `rank_correlation`.
 
     >>> rows = rank_table({"a": [1, 2, 3], "b": [3, 2, 1]}, {"y": [1, 2, 3]}, rivals=[("a", "b")])
     >>> [(row["scores"], row["rival"], round(row["estimate"], 6)) for row in rows]

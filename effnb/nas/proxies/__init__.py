@@ -14,28 +14,7 @@ from effnb.nas.zico.score import zico_floor as zico_floor
 
 # Without `zico` and `zico_floor`, which `effnb.nas.zico` lists.
 __all__ = [
-    "GradientPass",
-    "Proxy",
-    "SkipCell",
-    "available_proxies",
-    "count_macs",
-    "count_params",
-    "fisher",
-    "grad_norm",
-    "grad_sign",
-    "grasp",
-    "jacob_cov",
-    "knas",
-    "l2_norm",
-    "linear_regions",
-    "naswot",
-    "nn_mass",
-    "ntk_condition",
-    "plain",
-    "rank_average",
-    "score_all",
-    "snip",
-    "synflow",
-    "vote",
-    "zen_score",
-]
+    "GradientPass", "Proxy", "SkipCell", "available_proxies", "count_macs", "count_params", "fisher", "grad_norm",
+    "grad_sign", "grasp", "jacob_cov", "knas", "l2_norm", "linear_regions", "naswot", "nn_mass", "ntk_condition",
+    "plain", "rank_average", "score_all", "snip", "synflow", "vote", "zen_score",
+]  # fmt: skip

@@ -114,14 +114,13 @@ def naswot(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, see
         seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
 
     Raises:
-        ValueError: fewer than two samples, inputs that are not finite, or a network without a ReLU.
+        ValueError: too few samples, inputs that are not finite, or a network without a ReLU.
         TypeError: complex numbers, or a batch of another kind.
 
     Reference: mellor2021naswot.
 
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
-    >>> with torch.no_grad():
-    ...     _ = model[0].weight.copy_(torch.eye(2))
+    >>> _ = nn.init.eye_(model[0].weight)
     >>> round(naswot(model, torch.tensor([[1.0, 1.0], [1.0, -1.0]])), 4)  # K = [[2, 1], [1, 2]]
     1.0986
     """
@@ -138,8 +137,7 @@ def linear_regions(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entr
         batch: ``(x, y)`` or ``x`` alone.
 
     Raises:
-        ValueError: an empty batch, inputs that are not finite, or a network without a ReLU.
-        TypeError: complex numbers, or a batch of another kind.
+        ValueError, TypeError: as `naswot`; one sample is enough.
 
     Reference: chen2021tenas.
 
@@ -185,11 +183,10 @@ def zen_score(
     begins anew.
 
     Args:
-        model: network of images; it stays as it was.
+        model, loss_fn: as for `naswot`.
         batch: ``(x, y)`` or ``x`` alone, of which only the shape is used.
         variance: ``"running"`` as the official code, or ``"batch"`` for the variance of the batch x.
         repeats: draws to average over, >= 1 (official 32, the survey 1).
-        loss_fn: not used.
         seed: of weights and images, as after ``torch.manual_seed(seed)``; ``None`` takes the global seed.
 
     Returns:
@@ -197,7 +194,7 @@ def zen_score(
 
     Raises:
         ValueError: no 4-D feature map, an unknown ``variance``, ``repeats < 1``, or an empty batch.
-        TypeError: complex numbers, or a batch of another kind.
+        TypeError: as `naswot`.
 
     Reference: lin2021zen.
 
@@ -207,7 +204,8 @@ def zen_score(
     """
     check_choice("variance", variance, ("running", "batch"))
     check_count("repeats", repeats)
-    check_model(model)
+    parameters, buffers = check_model(model)
+    names = {id(tensor): name for name, tensor in (parameters | buffers).items()}
     like = read_images(batch)
     generator = Generator(like.device).manual_seed(torch.initial_seed() if seed is None else seed)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -217,7 +215,16 @@ def zen_score(
         measured.append(args[0].var((0, 2, 3)))  # unbiased, as in the running variance
 
     for _ in range(repeats):
-        state = gaussian_state(model, generator)
+        state = {}
+        for module in model.modules():
+            norm = isinstance(module, nn.BatchNorm2d | nn.GroupNorm)
+            if norm or isinstance(module, LAYERS):
+                statistics = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+                for tensor, value in zip((module.weight, module.bias, *statistics), (1.0, 0.0, 0.0, 1.0), strict=True):
+                    if tensor is not None:
+                        state[names[id(tensor)]] = torch.full_like(tensor, value, requires_grad=False)
+                if not norm:
+                    state[names[id(module.weight)]].normal_(generator=generator)
         draw = {"generator": generator, "device": like.device, "dtype": like.dtype}
         x, direction = torch.randn(like.shape, **draw), torch.randn(like.shape, **draw)
         measured.clear()
@@ -230,30 +237,6 @@ def zen_score(
         scales = [value.mean().log() / 2 for value in (running if variance == "running" else measured)]
         scores.append(float((before - after).abs().sum((1, 2, 3)).mean().log() + sum(scales)))
     return math.fsum(scores) / repeats
-
-
-def gaussian_state(model: nn.Module, generator: Generator) -> dict[str, Tensor]:
-    """Return the official initialisation by name: Gaussian layers, new norms; drawn in the order of the modules."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    state: dict[str, Tensor] = {}
-
-    def put(parameter: Tensor | None, value: float | None) -> None:
-        if parameter is not None:
-            fresh = torch.empty_like(parameter, requires_grad=False)
-            state[names[id(parameter)]] = fresh.normal_(generator=generator) if value is None else fresh.fill_(value)
-
-    for name, module in model.named_modules():
-        if isinstance(module, LAYERS):
-            put(module.weight, None)
-            put(module.bias, 0.0)
-        elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
-            put(module.weight, 1.0)
-            put(module.bias, 0.0)
-        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
-            prefix = f"{name}." if name else ""
-            state[f"{prefix}running_mean"] = torch.zeros_like(module.running_mean)
-            state[f"{prefix}running_var"] = torch.ones_like(module.running_var)
-    return state
 
 
 class MapWatch(TorchFunctionMode):

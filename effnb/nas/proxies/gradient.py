@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,16 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from effnb.common import check_choice
 from effnb.nas.proxies.activations import CodeKernel, ReluWatch, log_determinant, watched
-from effnb.nas.zico.passes import (
-    Loss,
-    check_model,
-    counted_weights,
-    find_layers,
-    mean_loss,
-    pure,
-    read_batch,
-    read_images,
-)
+from effnb.nas.zico.passes import Loss, check_model, find_layers, free_weights, mean_loss, pure, read_batch, read_images
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 OFFSET = 1e-5  # added to eigenvalues by the official code
@@ -29,7 +21,7 @@ OFFSET = 1e-5  # added to eigenvalues by the official code
 def weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable weights of convolution and linear layers by the layer's name, a tied weight once."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, weight in counted_weights(model).items():
+    for name, weight in free_weights(model).items():
         found.setdefault(id(weight), (name, weight))
     return dict(found.values())
 
@@ -42,7 +34,7 @@ def gradients(output: Tensor | list[Tensor], inputs: list[Tensor], zeros: bool =
     return [torch.zeros_like(tensor) if zeros else None for tensor in inputs]
 
 
-def total(values: list[Tensor]) -> float:
+def total(values: Iterable[Tensor]) -> float:
     """Return the sum of scalars, added in double precision."""
     return float(torch.stack([value.double() for value in values]).sum())
 
@@ -51,11 +43,11 @@ class FisherWatch:
     """Collects ``F_c = mean_n g_nc^2 / 2`` of every convolution and linear output during a backward pass.
 
     ``overwritten`` tells that an output was changed in place (an in-place ReLU, a ``+=``) before its gradient came;
-    the values are wrong then, and the pass must be repeated with ``copy=True``, which costs a copy of each output.
+    the values are wrong then, and the pass must be repeated with ``copy``, which costs a copy of each output.
     """
 
-    def __init__(self, model: nn.Module, copy: bool = False) -> None:
-        self.layers, self.copy, self.overwritten = list(find_layers(model).values()), copy, False
+    def __init__(self, copy: bool) -> None:
+        self.copy, self.overwritten = copy, False
         self.found: dict[nn.Module, Tensor] = {}
 
     def see(self, layer: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> None:
@@ -74,15 +66,6 @@ class FisherWatch:
 
         z.register_hook(arrived)
 
-    def score(self, broadcast: bool) -> float:
-        """Return the sum over channels, each times its number of weights if ``broadcast``."""
-        sums = [
-            self.found[layer].sum(dtype=torch.float64) * (layer.weight[0].numel() if broadcast else 1)
-            for layer in self.layers
-            if layer in self.found
-        ]
-        return total(sums) if sums else 0.0
-
 
 class GradientPass:
     """One forward and backward pass of the mean loss in train mode, from which several proxies are read.
@@ -97,7 +80,7 @@ class GradientPass:
         loss_fn: mean loss of a batch.
         seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
         fisher: also collect what `fisher` needs.
-        codes: also collect what `naswot` needs; wants two samples or more.
+        codes: also collect what `naswot` needs, from two samples or more.
 
     Raises:
         ValueError: an empty batch, labels out of range, inputs or a loss that are not finite, no trainable weight.
@@ -119,49 +102,46 @@ class GradientPass:
         fisher: bool = False,
         codes: bool = False,
     ) -> None:
-        check_model(model)
         x, y = read_batch(batch, 2 if codes else 1)
-        self.model, self.weights = model, weights(model)
+        self.weights = weights(model)
+        self.layers = list(find_layers(model).values()) if fisher else None
         self.codes = CodeKernel() if codes else None
-        nothing = contextlib.nullcontext()
         for copy in (False, True):
-            self.channels = FisherWatch(model, copy) if fisher else None
-            seeing = watched(self.channels.layers, self.channels.see) if fisher else nothing
-            with pure(model, seed) as call, seeing:
-                with ReluWatch(self.codes.add) if codes else nothing:
+            channels = FisherWatch(copy)
+            with pure(model, seed) as call, watched(self.layers or (), channels.see):
+                with ReluWatch(self.codes.add) if codes else contextlib.nullcontext():
                     output = call(x)
                 loss = mean_loss(loss_fn, output, y)
                 found = gradients(loss, list(self.weights.values()), zeros=False)
-            if not fisher or not self.channels.overwritten:
+            if not channels.overwritten:
                 break
             codes = False  # they are known
-        self.loss = float(loss.detach())
+        self.loss, self.channels = float(loss.detach()), channels.found
         self.reached = any(grad is not None for grad in found)
-        grads = [torch.zeros_like(w) if g is None else g for w, g in zip(self.weights.values(), found, strict=True)]
-        self.grads = dict(zip(self.weights, grads, strict=True))
+        pairs = zip(self.weights.items(), found, strict=True)
+        self.grads = {name: torch.zeros_like(w) if g is None else g for (name, w), g in pairs}
 
     def grad_norm(self) -> float:
         """Return the sum of the layers' gradient norms."""
-        return total(list(torch._foreach_norm(list(self.grads.values()))))
+        return total(torch._foreach_norm(list(self.grads.values())))
 
     def snip(self) -> float:
         """Return the sum of ``|weight * gradient|``."""
-        return total([(w.detach() * g).abs().sum(dtype=torch.float64) for w, g in self._pairs()])
+        return total((self.weights[n].detach() * g).abs().sum(dtype=torch.float64) for n, g in self.grads.items())
 
     def plain(self) -> float:
         """Return the sum of ``weight * gradient``."""
-        return total([(w.detach() * g).sum(dtype=torch.float64) for w, g in self._pairs()])
+        return total((self.weights[n].detach() * g).sum(dtype=torch.float64) for n, g in self.grads.items())
 
     def fisher(self, broadcast: bool = True) -> float:
-        """Return the Fisher score of the channels; the pass must have been told to collect it."""
-        return self.channels.score(broadcast)
+        """Return the sum over channels, each times its number of weights if ``broadcast``; needs ``fisher=True``."""
+        seen = [layer for layer in self.layers if layer in self.channels]
+        sums = [self.channels[m].sum(dtype=torch.float64) * (m.weight[0].numel() if broadcast else 1) for m in seen]
+        return total(sums) if sums else 0.0
 
     def naswot(self) -> float:
-        """Return the log-determinant of the code kernel; the pass must have been told to collect it."""
+        """Return the log-determinant of the code kernel; needs ``codes=True``."""
         return log_determinant(self.codes.matrix())
-
-    def _pairs(self) -> zip:
-        return zip(self.weights.values(), self.grads.values(), strict=True)
 
 
 def grad_norm(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
@@ -175,8 +155,7 @@ def grad_norm(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, 
     Reference: abdelfattah2021zerocost.
 
     >>> model, batch = nn.Linear(1, 2, bias=False), (torch.ones(1, 1), torch.tensor([0]))
-    >>> with torch.no_grad():
-    ...     _ = model.weight.zero_()
+    >>> _ = nn.init.zeros_(model.weight)
     >>> round(grad_norm(model, batch), 4)  # gradient (-1/2, 1/2)
     0.7071
     """
@@ -184,9 +163,7 @@ def grad_norm(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, 
 
 
 def snip(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
-    r"""Return SNIP, :math:`\sum |\theta \, \partial L / \partial \theta|` over convolution and linear weights.
-
-    Higher is better.
+    r"""Return SNIP, :math:`\sum |\theta \, \partial L / \partial \theta|` over the weights; higher is better.
 
     Args:
         model, batch, loss_fn, seed: as for `GradientPass`, which also says what raises.
@@ -194,8 +171,7 @@ def snip(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed:
     Reference: lee2019snip.
 
     >>> model, batch = nn.Linear(1, 2, bias=False), (torch.ones(1, 1), torch.tensor([0]))
-    >>> with torch.no_grad():
-    ...     _ = model.weight.fill_(3.0)
+    >>> _ = nn.init.constant_(model.weight, 3.0)
     >>> snip(model, batch)  # gradient (-1/2, 1/2)
     3.0
     """
@@ -213,8 +189,7 @@ def plain(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed
     Reference: abdelfattah2021zerocost.
 
     >>> model, batch = nn.Linear(1, 2, bias=False), (torch.ones(1, 1), torch.tensor([0]))
-    >>> with torch.no_grad():
-    ...     _ = model.weight.fill_(3.0)
+    >>> _ = nn.init.constant_(model.weight, 3.0)
     >>> plain(model, batch)
     0.0
     """
@@ -238,8 +213,7 @@ def fisher(
     Reference: turner2020blockswap, abdelfattah2021zerocost.
 
     >>> model, batch = nn.Linear(1, 2, bias=False), (torch.ones(1, 1), torch.tensor([0]))
-    >>> with torch.no_grad():
-    ...     _ = model.weight.fill_(2.0)
+    >>> _ = nn.init.constant_(model.weight, 2.0)
     >>> fisher(model, batch)  # z = (2, 2), gradient (-1/2, 1/2)
     1.0
     """
@@ -259,8 +233,7 @@ def grasp(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed
     Reference: wang2020grasp, abdelfattah2021zerocost.
 
     >>> model, batch = nn.Linear(1, 1, bias=False), (torch.ones(1, 1), torch.zeros(1, 1))
-    >>> with torch.no_grad():
-    ...     _ = model.weight.fill_(3.0)
+    >>> _ = nn.init.constant_(model.weight, 3.0)
     >>> grasp(model, batch, loss_fn=nn.functional.mse_loss)  # loss w^2: -w (2 (2 w))
     -36.0
     """
@@ -269,7 +242,7 @@ def grasp(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed
         theta = list(weights(model).values())
         grads = gradients(mean_loss(loss_fn, call(x), y), theta, create_graph=True)
         curved = gradients(grads, theta, grad_outputs=[grad.detach() for grad in grads])
-    return -total([(w.detach() * h).sum(dtype=torch.float64) for w, h in zip(theta, curved, strict=True)])
+    return -total((w.detach() * h).sum(dtype=torch.float64) for w, h in zip(theta, curved, strict=True))
 
 
 def synflow(
@@ -277,37 +250,31 @@ def synflow(
 ) -> float:
     r"""Return SynFlow, :math:`\sum |\theta \, \partial R / \partial \theta|`; higher is better.
 
-    R is the sum of the outputs for one input of ones, with all parameters and buffers replaced by their absolute
-    values, in double precision; theta are convolution and linear weights, frozen ones too. For a chain without biases
-    the score is the number of layers times R.
+    R is the sum of the outputs for one input of ones, with all floating parameters and buffers replaced by their
+    absolute values, in double precision; theta are convolution and linear weights, frozen ones too. For a chain
+    without biases the score is the number of layers times R.
 
     Args:
-        model: network; it stays as it was.
+        model, loss_fn, seed: as for `naswot`, which also says what raises; here a network without such a layer too.
         batch: ``(x, y)`` or ``x`` alone, of which only the shape is used.
         bn: ``"identity"`` takes normalisation layers out; ``"keep"`` leaves them in, as the code of the survey does by
             oversight, which gives a score of another kind.
-        loss_fn: not used.
-        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
-
-    Raises:
-        ValueError: an unknown ``bn``, an empty batch, inputs that are not finite, or no such layer.
-        TypeError: complex numbers, or a batch of another kind.
 
     Reference: tanaka2020synflow, abdelfattah2021zerocost.
 
     >>> model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
-    >>> with torch.no_grad():
-    ...     _ = model[0].weight.fill_(-3.0), model[1].weight.fill_(0.5)
+    >>> _ = nn.init.constant_(model[0].weight, -3.0), nn.init.constant_(model[1].weight, 0.5)
     >>> synflow(model, torch.zeros(1, 2))  # 2 layers, R = 3
     6.0
     """
     check_choice("bn", bn, ("identity", "keep"))
     parameters, buffers = check_model(model)
     x = read_images(batch)
-    positive = {}
-    for name, tensor in (parameters | buffers).items():
-        wide = tensor.detach().to(torch.float64 if tensor.is_floating_point() else tensor.dtype)
-        positive[name] = wide.abs()  # memory of its own
+    # Masks, indices and counts stay as they are, and all memory is our own.
+    positive = {
+        name: tensor.detach().double().abs() if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in (parameters | buffers).items()
+    }
     counted = {id(layer.weight) for layer in find_layers(model).values()}
     theta = [positive[name].requires_grad_() for name, parameter in parameters.items() if id(parameter) in counted]
 
@@ -324,7 +291,7 @@ def synflow(
             module.__dict__.pop("forward", None)
             if own is not None:
                 module.forward = own
-    return total([(w.detach() * g).abs().sum() for w, g in zip(theta, grads, strict=True)])
+    return total((w.detach() * g).abs().sum() for w, g in zip(theta, grads, strict=True))
 
 
 def jacob_cov(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
@@ -334,17 +301,10 @@ def jacob_cov(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, 
     1e-5. The maximum :math:`-n (\log(1 + k) + 1 / (1 + k))` is reached by rows without correlation.
 
     Args:
-        model: network; it stays as it was.
-        batch: ``(x, y)`` or ``x`` alone, two samples or more.
-        loss_fn: not used.
-        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
+        model, batch, loss_fn, seed: as for `naswot`, which also says what raises; it needs no ReLU.
 
     Returns:
         The score; ``-inf``, with a warning, if the Jacobian of a sample is constant.
-
-    Raises:
-        ValueError: fewer than two samples, or inputs that are not finite.
-        TypeError: complex numbers, or a batch of another kind.
 
     Reference: mellor2021naswot, abdelfattah2021zerocost.
 

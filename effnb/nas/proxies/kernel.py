@@ -22,16 +22,8 @@ def per_sample(output: Tensor, rows: Tensor, parameters: list[Tensor], chunk: in
     """Return for each sample i the vector-Jacobian product with ``rows[i]`` at output i and zero at the others.
 
     Samples couple through batch norm in train mode, so each product is a backward pass through the whole batch. They
-    are taken ``chunk`` at a time by one batched backward pass, or one after the other where that is as fast.
-
-    Args:
-        output: ``(batch, ...)``, with a graph.
-        rows: as ``output``.
-        parameters: what to differentiate by.
-        chunk: samples at a time, >= 1; 1 is a loop.
-
-    Returns:
-        One tensor ``(batch, *parameter.shape)`` a parameter.
+    are taken ``chunk`` at a time by one batched backward pass, or one after the other where that is as fast. Output and
+    rows are ``(batch, ...)``; the result is one tensor ``(batch, *parameter.shape)`` a parameter.
     """
     if not output.requires_grad:
         return [p.new_zeros(len(output), *p.shape) for p in parameters]
@@ -64,7 +56,8 @@ def run_measured(call: Call, model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
 
 def named_weights(model: nn.Module) -> list[nn.Parameter]:
     """Return all trainable parameters with ``weight`` in their name: those of norms, but no biases."""
-    found = [p for name, p in model.named_parameters() if "weight" in name and p.requires_grad]
+    parameters, _ = check_model(model)
+    found = [p for name, p in parameters.items() if "weight" in name and p.requires_grad]
     if not found:
         raise ValueError("model must have a parameter named weight that requires a gradient, it has none")
     return found
@@ -72,13 +65,11 @@ def named_weights(model: nn.Module) -> list[nn.Parameter]:
 
 def tangent_kernel(model: nn.Module, batch: Any, seed: int | None = 0) -> Tensor:
     """Return ``G G^T``, ``(batch, batch)`` in double precision, for the gradients G of each sample's summed logits."""
-    check_model(model)
     x, parameters = read_images(batch, 2), named_weights(model)
     with pure(model, seed) as call:
         output, chunk = run_measured(call, model, x)
         rows = per_sample(output, torch.ones_like(output), parameters, chunk)
-    flat = (g.detach().flatten(1).double() for g in rows)
-    kernel = sum(g @ g.T for g in flat)
+    kernel = sum(g @ g.T for g in (row.detach().flatten(1).double() for row in rows))
     return (kernel + kernel.T) / 2  # a product of matrices is symmetric up to rounding only
 
 
@@ -90,17 +81,14 @@ def ntk_condition(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entro
     through the batch statistics to all others, as in the official code.
 
     Args:
-        model: network; it stays as it was.
-        batch: ``(x, y)`` or ``x`` alone, two samples or more.
-        loss_fn: not used.
-        seed: of what the network draws itself, such as dropout; ``None`` takes the global state.
+        model, batch, loss_fn, seed: as for `naswot`.
 
     Returns:
         At least 1, infinite for a singular kernel; 1e5 where it is not defined, as for a kernel of zeros.
 
     Raises:
         ValueError: fewer than two samples, inputs that are not finite, or no trainable weight.
-        TypeError: complex numbers, or a batch of another kind.
+        TypeError: as `naswot`.
 
     Reference: chen2021tenas.
 
@@ -137,7 +125,6 @@ def grad_sign(
     >>> grad_sign(model, batch), grad_sign(model, (torch.ones(2, 1), torch.tensor([0, 0])))
     (0.0, 4.0)
     """
-    check_model(model)
     x, y = read_batch(batch)
     theta = list(weights(model).values())
     with pure(model, seed) as call:
@@ -151,7 +138,7 @@ def grad_sign(
             pairs = zip(x.split(1), y.split(1), strict=True)
             found = [gradients(mean_loss(loss_fn, call(one), label), theta) for one, label in pairs]
             rows = [torch.stack(grads) for grads in zip(*found, strict=True)]
-    return total([g.sign().sum(0).abs().sum(dtype=torch.float64) for g in rows])
+    return total(g.sign().sum(0).abs().sum(dtype=torch.float64) for g in rows)
 
 
 def knas(
@@ -171,8 +158,8 @@ def knas(
         The score, over all parameters named ``weight``.
 
     Raises:
-        ValueError: an unknown ``of``, an empty batch, inputs that are not finite, or no trainable weight.
-        TypeError: complex numbers, or a batch of another kind.
+        ValueError: an unknown ``of``, or what `GradientPass` raises.
+        TypeError: as `GradientPass`.
 
     Reference: xu2021knas.
 
@@ -181,10 +168,9 @@ def knas(
     1.25
     """
     check_choice("of", of, ("logits", "loss"))
-    check_model(model)
     x, y = (read_images(batch), None) if of == "logits" else read_batch(batch)
     with pure(model, seed) as call:
         output = call(x)
         mean = output.sum() / len(x) if of == "logits" else mean_loss(loss_fn, output, y)
         grads = gradients(mean, named_weights(model))
-    return total([grad.square().sum(dtype=torch.float64) for grad in grads])
+    return total(grad.square().sum(dtype=torch.float64) for grad in grads)

@@ -8,7 +8,7 @@ import os
 import pickle
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from effnb.nas.proxies.activations import linear_regions, naswot, zen_score
 from effnb.nas.proxies.gradient import GradientPass, fisher, grad_norm, grasp, jacob_cov, plain, snip, synflow
 from effnb.nas.proxies.kernel import grad_sign, knas, ntk_condition
 from effnb.nas.proxies.size import count_macs, count_params, l2_norm, nn_mass
-from effnb.nas.zico.passes import Batch, Loss, check_batches, check_model
+from effnb.nas.zico.passes import Batch, Loss, check_batches
 from effnb.nas.zico.score import GradientMoments, per_layer, zico, zico_floor
 
 VOTERS = ("synflow", "jacob_cov", "snip")
@@ -107,9 +107,8 @@ def score_all(
     One backward pass on the first batch serves `grad_norm`, `snip`, `plain`, `fisher` and the first batch of `zico` and
     `zico_floor`, and `naswot` rides on its forward pass; the scores are those of the functions alone.
 
-    A list is scored item by item, here or wherever ``run`` takes it: ``functools.partial(fan_out, jobs=8)`` on
-    processes of this machine, ``partial(fan_out, ray_address="auto")`` on a Ray cluster (`effnb.lab.fanout`). What is
-    sent there must be picklable: items, ``build``, ``loss_fn``, batches.
+    A list is scored item by item, here or wherever ``run`` takes it: processes of this machine, a cluster. What is sent
+    there must be picklable: items, ``build``, ``loss_fn``, batches.
 
     Args:
         model: a network, or a list of items: networks, or descriptions that ``build`` turns into networks.
@@ -121,8 +120,9 @@ def score_all(
         seed: given to every proxy, and to ``build``.
         seeds: for a list, one row for each item and each of these seeds, instead of ``seed``.
         build: for a list, called as ``build(item, generator=generator)``, with a stream of the row's seed.
-        run: for a list, called as ``run(function, items, on_done=callback)``, with the signature and the conventions of
-            `effnb.lab.fanout.fan_out`; default one after the other in this process.
+        run: for a list, called as ``run(function, items, on_done=callback)``. It returns ``function(item)`` of every
+            item in order, an exception in the place of one that failed, and calls ``callback(index, outcome)`` in this
+            process as each is done. Default: one after the other.
         resume: for a list, a file with a line of JSON for each finished row; rows found there are not computed again.
             The key of a row is a hash of item, seed, names, options, functions and batches. A half-written last line,
             left by a killed run, is dropped.
@@ -133,8 +133,7 @@ def score_all(
 
     Raises:
         ValueError: an unknown name, no batch, an argument for lists with a single network, or a ``resume`` that is no
-            file of scores; for a single network also what the proxies raise.
-        TypeError: for a single network, what the proxies raise.
+            file of scores; for a single network also what the proxies raise, as TypeError.
 
     >>> from effnb.nas.nanobench import build_net
     >>> batches = [(torch.randn(8, 1, 14, 14), torch.arange(8)) for _ in range(2)]
@@ -157,7 +156,7 @@ def score_all(
     if isinstance(model, nn.Module):
         if build or run or resume or seeds:
             raise ValueError("build, run, resume and seeds are for a list of networks, got a single one")
-        return scorer.score(model, seed)
+        return scorer(Task(model, seed))
     tasks = [Task(item, s) for item in model for s in ((seed,) if seeds is None else seeds)]
     return recorded(scorer, tasks, run or serial, resume)
 
@@ -175,20 +174,15 @@ class Scorer:
 
     batches: Sequence[Batch]
     names: Sequence[str]
-    loss_fn: Loss = F.cross_entropy
-    options: Options = field(default_factory=dict)
-    build: Callable[..., nn.Module] | None = None
+    loss_fn: Loss
+    options: Options
+    build: Callable[..., nn.Module] | None
 
     def __call__(self, task: Task) -> dict[str, float]:
-        """Build the network if need be, and score it."""
-        if self.build is None:
-            return self.score(task.item, task.seed)
-        generator = None if task.seed is None else Generator().manual_seed(task.seed)
-        return self.score(self.build(task.item, generator=generator), task.seed)
-
-    def score(self, model: nn.Module, seed: int | None) -> dict[str, float]:
-        """Return every named score of one network."""
-        check_model(model)
+        """Return every named score of a network, which is built first if need be."""
+        model, seed = task
+        if self.build is not None:
+            model = self.build(model, generator=None if seed is None else Generator().manual_seed(seed))
         common = {"loss_fn": self.loss_fn, "seed": seed}
         own = {name: self.options.get(name, {}) for name in self.names}
         # Options of its own may be another loss, seed or variant; only `broadcast` of `fisher` is read off afterwards.
@@ -222,77 +216,56 @@ def serial(function: Callable[[Task], Any], items: Sequence[Task], on_done: Call
     outcomes = []
     for index, item in enumerate(items):
         try:
-            outcome = function(item)
+            outcomes.append(function(item))
         except Exception as error:
-            outcome = error
-        on_done(index, outcome)
-        outcomes.append(outcome)
+            outcomes.append(error)
+        on_done(index, outcomes[-1])
     return outcomes
 
 
 def recorded(scorer: Scorer, tasks: list[Task], run: Run, path: str | Path | None) -> list[Outcome]:
     """Return the outcome of every task by ``run``; what the file at ``path`` holds is not run again.
 
-    A change of any field of ``scorer`` makes every row a new one.
+    The file has one line of JSON a finished row. A change of any field of ``scorer`` makes every row a new one.
     """
     if path is None:
         return list(run(scorer, tasks, on_done=lambda index, outcome: None))
-    salt = fingerprint((FORMAT, sorted(vars(scorer).items())))
+    salt, found = fingerprint((FORMAT, sorted(vars(scorer).items()))), {}
     keys = [fingerprint((salt, *task)) for task in tasks]
-    with Journal(path) as journal:
-        missing = [i for i, key in enumerate(keys) if key not in journal.found]
-
-        def on_done(index: int, outcome: Any) -> None:
-            # An exception is not written down: the next run tries again.
-            if not isinstance(outcome, BaseException):
-                journal.add(keys[missing[index]], tasks[missing[index]], outcome)
-
-        outcomes: list[Outcome] = [journal.found.get(key) for key in keys]
-        fresh = run(scorer, [tasks[i] for i in missing], on_done=on_done) if missing else []
-        for i, outcome in zip(missing, fresh, strict=True):
-            outcomes[i] = outcome
-    return outcomes
-
-
-class Journal:
-    """A file with one line of JSON a finished row; what is after the last line's end is cut off when it is opened.
-
-    ``found`` maps the keys of the rows that were there to their scores.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.found: dict[str, dict[str, float]] = {}
-
-    def __enter__(self) -> "Journal":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("a+b")
-        self.file.seek(0)
-        text = self.file.read()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(path).open("a+b") as file:
+        file.seek(0)
+        text = file.read()
         # A run that was killed while it wrote leaves a line without an end.
         whole = text[: text.rfind(b"\n") + 1]
-        self.file.truncate(len(whole))
+        file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 record = json.loads(line)
-                self.found[record["key"]] = {name: float(value) for name, value in record["scores"].items()}
+                found[record["key"]] = {name: float(value) for name, value in record["scores"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                self.file.close()
-                raise ValueError(f"resume must be a file of scores, line {number} of {self.path} is not one") from error
-        return self
+                raise ValueError(f"resume must be a file of scores, line {number} of {path} is not one") from error
+        missing = [i for i, key in enumerate(keys) if key not in found]
 
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
+        def on_done(index: int, outcome: Any) -> None:
+            # An exception is not written down: the next run tries again.
+            if isinstance(outcome, BaseException):
+                return
+            item, seed = tasks[missing[index]]
+            item = item if isinstance(item, str | int) else type(item).__name__
+            # JSON has no infinity; as text it is read back by `float`.
+            values = {name: value if math.isfinite(value) else str(value) for name, value in outcome.items()}
+            line = json.dumps({"key": keys[missing[index]], "item": item, "seed": seed, "scores": values})
+            file.write(line.encode() + b"\n")
+            # On the disk before the next row begins.
+            file.flush()
+            os.fsync(file.fileno())
 
-    def add(self, key: str, task: Task, scores: Mapping[str, float]) -> None:
-        """Write one line, and have it on the disk before returning."""
-        # JSON has no infinity; as text it is read back by `float`.
-        values = {name: value if math.isfinite(value) else str(value) for name, value in scores.items()}
-        item = task.item if isinstance(task.item, str | int) else type(task.item).__name__
-        line = json.dumps({"key": key, "item": item, "seed": task.seed, "scores": values})
-        self.file.write(line.encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        outcomes: list[Outcome] = [found.get(key) for key in keys]
+        fresh = run(scorer, [tasks[i] for i in missing], on_done=on_done) if missing else []
+    for i, outcome in zip(missing, fresh, strict=True):
+        outcomes[i] = outcome
+    return outcomes
 
 
 def fingerprint(value: Any) -> str:
@@ -362,18 +335,15 @@ def vote(
 
     Args:
         models: networks; they stay as they were.
-        batch: ``(x, y)``.
+        batch, loss_fn, seed: as for `GradientPass`.
         names: proxies that need one batch.
         method: ``"rank"`` or ``"majority"``, see `rank_average`.
-        loss_fn: mean loss of a batch.
-        seed: of what a proxy or a network draws itself.
 
     Returns:
         One number a network; it means something within this list only.
 
     Raises:
-        ValueError: an unknown proxy or ``method``, no network, or a score that is NaN.
-        TypeError: what the proxies raise.
+        ValueError, TypeError: what `score_all` and `rank_average` raise.
 
     Reference: abdelfattah2021zerocost.
 

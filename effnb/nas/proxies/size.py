@@ -33,11 +33,8 @@ def count_params(
     """Return the number of trainable scalars; higher is better.
 
     Args:
-        model: any module.
+        model: any module of real numbers, else TypeError.
         batch, loss_fn, seed: not used.
-
-    Raises:
-        TypeError: complex numbers, or something that is no module.
 
     >>> count_params(nn.Linear(3, 2))
     8.0
@@ -50,24 +47,18 @@ def l2_norm(model: nn.Module, batch: Any = None, *, loss_fn: Loss = F.cross_entr
     r"""Return :math:`\sum_l \lVert \theta_l \rVert_2` over convolution and linear weights; higher is better.
 
     Args:
-        model: network; it stays as it was.
+        model: network of real numbers, else TypeError, with such a weight that is trainable, else ValueError.
         batch, loss_fn, seed: not used.
-
-    Raises:
-        ValueError: if no such weight is trainable.
-        TypeError: complex numbers, or something that is no module.
 
     Reference: abdelfattah2021zerocost.
 
-    >>> model = nn.Linear(2, 1)
-    >>> with torch.no_grad():
-    ...     _ = model.weight.copy_(torch.tensor([[3.0, 4.0]]))
+    >>> model = nn.Linear(4, 1)
+    >>> _ = nn.init.constant_(model.weight, 3.0)
     >>> l2_norm(model)
-    5.0
+    6.0
     """
-    check_model(model)
     # One call for all layers: on small networks the overhead of a call is the cost.
-    return total(list(torch._foreach_norm([weight.detach() for weight in weights(model).values()])))
+    return total(torch._foreach_norm([weight.detach() for weight in weights(model).values()]))
 
 
 def count_macs(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy, seed: int | None = 0) -> float:
@@ -76,26 +67,21 @@ def count_macs(model: nn.Module, batch: Any, *, loss_fn: Loss = F.cross_entropy,
     Norms, pooling, additions, biases and activations count nothing. A layer that is used twice counts twice.
 
     Args:
-        model: network; it stays as it was.
+        model, loss_fn, seed: as for `naswot`, which also says what raises; it needs no ReLU.
         batch: ``(x, y)`` or ``x`` alone, of which the first sample is run.
-        loss_fn: not used.
-        seed: of what the network draws itself; ``None`` takes the global state.
-
-    Raises:
-        ValueError: an empty batch, or inputs that are not finite.
-        TypeError: complex numbers, or a batch of another kind.
 
     >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(5, 3, 4, 4))  # 16 places * 8 * 27
     3456.0
     """
-    x, macs, kinds = read_images(batch)[:1], [], (_ConvNd, nn.Linear)
+    check_model(model)
+    x, macs = read_images(batch)[:1], []
 
     def count(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         # Each input element of a transposed convolution, each output element of the others meets one row of weights.
         elements = args[0] if getattr(layer, "transposed", False) else out
         macs.append(elements.numel() * layer.weight[0].numel())
 
-    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    layers = [module for module in model.modules() if isinstance(module, _ConvNd | nn.Linear)]
     with pure(model, seed, train=False) as call, torch.no_grad(), watched(layers, count):
         call(x)
     return float(sum(macs))
@@ -115,11 +101,9 @@ def nn_mass(
     over a node, present unless the operation is ``none``; its depth is 3. For other networks give ``cells``.
 
     Args:
-        model: network; it stays as it was.
+        model, loss_fn, seed: as for `naswot`.
         batch: ``(x, y)`` or ``x`` alone, to find the cells' widths; not needed with ``cells``.
         cells: triples (density, width, depth), see `SkipCell`.
-        loss_fn: not used.
-        seed: of what the network draws itself; ``None`` takes the global state.
 
     Raises:
         ValueError: no cells, or one out of range.

@@ -1,7 +1,6 @@
 """What every proxy begins with: a network viewed without a trace, its batches checked, its counted weights."""
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,14 +27,9 @@ def pure(
 ) -> Iterator[Call]:
     """Yield ``call(x)``, the model's logits, and leave no trace in the model or the global generators.
 
-    Buffers are updated on copies, modes are put back module by module, also after an exception.
-
-    Args:
-        model: a module of real numbers.
-        seed: of what the network draws itself, such as dropout; None takes the global state.
-        replaced: stands in for parameters and buffers of these names; of a shared one, one name is enough.
-        train: the mode inside.
-        strict: refuse logits that are no tensor; a loss of the user's own may read anything.
+    Buffers are updated on copies, modes are put back module by module, also after an exception. ``seed`` rules what the
+    network draws itself, such as dropout; None takes the global state. Tensors ``replaced`` stand in for parameters and
+    buffers of these names; of a shared one, one name is enough. Not ``strict`` lets logits be no tensor.
     """
     parameters, buffers = check_model(model)
     # Norms in train mode write to their buffers: let them write to copies.
@@ -65,7 +59,7 @@ def check_model(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Te
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    for name, tensor in itertools.chain(parameters.items(), buffers.items()):
+    for name, tensor in (parameters | buffers).items():
         if tensor.is_complex():
             raise TypeError(f"model must hold real numbers, {name} is {tensor.dtype}")
     return parameters, buffers
@@ -124,6 +118,7 @@ def mean_loss(loss_fn: Loss, output: Tensor, y: Tensor) -> Tensor:
 
 def find_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -> dict[str, nn.Module]:
     """Return the layers of these kinds by name, each module once, whose weight is a parameter; raise if none is."""
+    check_model(model)
     found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     found = {name: module for name, module in found.items() if isinstance(module.weight, nn.Parameter)}
     if not found:
@@ -131,7 +126,7 @@ def find_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -
     return found
 
 
-def counted_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -> dict[str, nn.Parameter]:
+def free_weights(model: nn.Module, kinds: tuple[type[nn.Module], ...] = LAYERS) -> dict[str, nn.Parameter]:
     """Return the trained weights of these layers by the layer's name; a shared one once for each of its layers."""
     found = {name: layer.weight for name, layer in find_layers(model, kinds).items() if layer.weight.requires_grad}
     if not found:

@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from effnb.common import check_choice
-from effnb.nas.zico.passes import LAYERS, Batch, Loss, check_batches, counted_weights, mean_loss, pure
+from effnb.nas.zico.passes import LAYERS, Batch, Loss, check_batches, free_weights, mean_loss, pure
 
 #: What is summed over the elements of a layer before the logarithm: mean |g| / std g; mean |g| / std |g|; mean |g|;
 #: 1 / std g; 1. All but ``"mean"`` leave out elements without any deviation.
@@ -23,7 +23,7 @@ class Bucket:
     """The arithmetic of the moments on one flat piece of memory, of one large tensor or of several small ones.
 
     ``state`` is ``[g1]``, ``[g1, g2]`` or, from three batches on, ``[mean, squares, magnitudes]`` with the sum of
-    squared deviations and the sum of ``|g|``.
+    squared deviations and the sum of ``|g|``; `mean_abs` and `std` take it whole or by chunks.
     """
 
     def __init__(self, absolute: bool, dtype: torch.dtype, device: torch.device) -> None:
@@ -33,16 +33,16 @@ class Bucket:
         self.state: list[Tensor] = []
 
     @torch.no_grad()
-    def fold(self, grads: Mapping[str, Tensor], owned: bool = False) -> None:
-        """Add one sample; a tensor without gradient has zeros, and gradients that are ``owned`` need not be copied."""
+    def fold(self, grads: dict[str, Tensor], owned: bool = False) -> None:
+        """Take one sample out of ``grads``, zeros for what is missing; gradients that are ``owned`` are not copied."""
         flats = [
-            grads[name].reshape(-1) if name in grads else torch.zeros(shape.numel(), **self.options)
+            grads.pop(name).reshape(-1) if name in grads else torch.zeros(shape.numel(), **self.options)
             for name, shape in self.shapes.items()
         ]
         self.count += 1
+        flat = flats[0] if len(flats) == 1 and (owned or self.count > 2) else torch.cat(flats)
+        flat = flat.to(**self.options)
         if self.count <= 2:
-            flat = flats[0] if owned and len(flats) == 1 else torch.cat(flats)
-            flat = flat.to(**self.options)
             self.state.append(flat.abs_() if self.absolute else flat)
             return
         if self.count == 3:
@@ -53,8 +53,7 @@ class Bucket:
                 # From here on the memory of g1 holds the mean, that of g2 the squares: no third and fourth copy.
                 g1.add_(g2).mul_(0.5)
                 torch.mul(difference, difference, out=g2).mul_(0.5)
-        flat = flats[0] if len(flats) == 1 else torch.cat(flats)
-        for g, mean, squares, magnitudes in chunks(flat.to(**self.options), *self.state):
+        for g, mean, squares, magnitudes in chunks(flat, *self.state):
             g = g.abs() if self.absolute else g
             shift = g - mean
             mean.add_(shift, alpha=1 / self.count)
@@ -62,20 +61,15 @@ class Bucket:
             magnitudes.add_(g.abs())
 
     def mean_abs(self, *state: Tensor) -> Tensor:
-        """Return the mean magnitudes of the state, or of a chunk of it."""
         if self.count > 2:
             return state[2] / self.count
-        total = state[0].abs()
-        for sample in state[1:]:
-            total += sample.abs()
-        return total.div_(self.count)
+        return functools.reduce(Tensor.add_, map(torch.abs, state)).div_(self.count)
 
     def std(self, *state: Tensor) -> Tensor:
-        """Return the deviations of the state, or of a chunk of it."""
         return (state[1] / self.count).sqrt_() if self.count > 2 else (state[0] - state[-1]).abs_().mul_(0.5)
 
     @torch.no_grad()
-    def sums(self, variant: str, exact: bool = False) -> list[Tensor]:
+    def sums(self, variant: str, exact: bool = False) -> Tensor:
         """Return the sum of each tensor's terms; not finite if a gradient is not, or where it has to be ``exact``.
 
         Finding zero deviations costs more than all the rest. Without looking for them, a quotient is NaN where the
@@ -103,7 +97,7 @@ class Bucket:
             pieces = self.split(terms) if len(self.shapes) > 1 else [terms]
             # `nansum` also leaves out what a gradient that is not finite has made: zero times the check brings it back.
             totals.append(torch.stack([piece.nansum() for piece in pieces]) + 0 * check)
-        return list(torch.stack(totals).sum(0, dtype=torch.float64))
+        return torch.stack(totals).sum(0, dtype=torch.float64)
 
     def split(self, flat: Tensor) -> Sequence[Tensor]:
         """Return the part of each tensor."""
@@ -202,13 +196,11 @@ class GradientMoments:
         if variant == "paper" and self.count > 2 and not self.absolute:
             raise ValueError("variant 'paper' needs GradientMoments(absolute=True) beyond two batches")
         # One copy from the device for all tensors.
-        totals = iter(torch.stack([total for bucket in self.buckets for total in bucket.sums(variant)]).tolist())
+        totals = torch.cat([bucket.sums(variant) for bucket in self.buckets]).cpu()
         result: dict[str, float] = {}
-        for bucket in self.buckets:
-            found = [next(totals) for _ in bucket.shapes]
-            if not all(map(math.isfinite, found)):
-                found = map(float, bucket.sums(variant, exact=True))
-            result |= zip(bucket.shapes, found, strict=True)
+        for bucket, found in zip(self.buckets, totals.split([len(b.shapes) for b in self.buckets]), strict=True):
+            found = found if found.isfinite().all() else bucket.sums(variant, exact=True)
+            result |= zip(bucket.shapes, found.tolist(), strict=True)
         return result
 
     def nbytes(self) -> int:
@@ -245,15 +237,8 @@ def gradient_moments(
     buffers, gradients, modes and the global random state are untouched, also after an exception.
 
     Args:
-        model: network from ``x`` to the input of ``loss_fn``, or to a tuple that ends in it.
-        batches: pairs ``(x, y)``, two or more; ``y`` class numbers for the default loss.
-        loss_fn: mean loss of a batch.
-        layers: classes whose ``weight`` counts, where it is a parameter with ``requires_grad``.
-        init: ``"kaiming"`` draws convolution and linear weights anew (biases zero); ``None`` takes them as they are.
-        generator: stream for ``init``, on the CPU.
-        seed: instead of ``generator``; also seeds what the network draws itself, such as dropout.
+        model, batches, loss_fn, layers, init, generator, seed, accumulate: as for `zico`.
         absolute: see `GradientMoments`.
-        accumulate: do not clear gradients between batches, as the official code: sample i is the sum of the first i.
 
     Yields:
         The moments of the batches so far, by name of the parameter.
@@ -273,56 +258,48 @@ def gradient_moments(
         raise ValueError("generator and seed exclude each other, got both")
     if init and generator is None and seed is None:
         raise ValueError("init='kaiming' needs a seed or a generator, got neither")
-    counted = {id(weight) for weight in counted_weights(model, layers).values()}
-    fresh = kaiming(model, torch.Generator().manual_seed(seed) if generator is None else generator) if init else {}
+    counted = {id(weight) for weight in free_weights(model, layers).values()}
+    fresh: dict[int, Tensor] = {}  # by parameter; drawn as `effnb.models.small.initialize` draws
+    if init:
+        generator = torch.Generator().manual_seed(seed) if generator is None else generator
+        for layer in (module for module in model.modules() if isinstance(module, LAYERS)):
+            weight = torch.empty(layer.weight.shape, dtype=layer.weight.dtype)
+            nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
+            fresh[id(layer.weight)] = weight.to(layer.weight.device)
+            if layer.bias is not None:
+                fresh[id(layer.bias)] = torch.zeros_like(layer.bias)
 
     # Leaves of our own that share the memory of the weights, so that no `grad` of the model is touched; all others are
     # constants, for which no backward pass is run.
     state = {name: fresh.get(id(p), p).detach() for name, p in model.named_parameters()}
     leaves = {name: state[name].requires_grad_() for name, p in model.named_parameters() if id(p) in counted}
     state |= {name: buffer.clone() for name, buffer in model.named_buffers()}
-    moments = GradientMoments(absolute)
+    moments, arrived = GradientMoments(absolute), {}
     moments.lay_out(leaves)
-    waiting: list[dict[str, Tensor]] = [{} for _ in moments.buckets]
 
-    def receive(bucket: Bucket, found: dict[str, Tensor], name: str, leaf: Tensor) -> None:
+    def receive(bucket: Bucket, name: str, leaf: Tensor) -> None:
         # A bucket is folded in, and freed, as soon as the backward pass has filled it: never are all gradients there.
-        found[name] = leaf.grad
+        arrived[name] = leaf.grad
         if not accumulate:
             leaf.grad = None
-        if len(found) == len(bucket.shapes):
-            bucket.fold(found, owned=not accumulate)
-            found.clear()
+        if bucket.shapes.keys() <= arrived.keys():
+            bucket.fold(arrived, owned=not accumulate)
 
-    for bucket, found in zip(moments.buckets, waiting, strict=True):
+    for bucket in moments.buckets:
         for name in bucket.shapes:
-            leaves[name].register_post_accumulate_grad_hook(functools.partial(receive, bucket, found, name))
+            leaves[name].register_post_accumulate_grad_hook(functools.partial(receive, bucket, name))
     for count, (x, y) in enumerate(batches):
         with pure(model, seed, state, strict=False) as call:
             loss = mean_loss(loss_fn, call(x), y)
             if loss.requires_grad:
                 loss.backward(inputs=list(leaves.values()))
-        if not any(waiting) and all(bucket.count == count for bucket in moments.buckets):
+        if not arrived and all(bucket.count == count for bucket in moments.buckets):
             raise ValueError("model must have a counted layer that receives a gradient, got none")
-        for bucket, found in zip(moments.buckets, waiting, strict=True):
+        for bucket in moments.buckets:
             if bucket.count == count:
                 # A weight outside the graph has gradient zero; the official code stops there.
-                bucket.fold(found, owned=not accumulate)
-                found.clear()
+                bucket.fold(arrived, owned=not accumulate)
         yield moments
-
-
-def kaiming(model: nn.Module, generator: Generator) -> dict[int, Tensor]:
-    """Return new values by ``id`` of the parameter, drawn as `effnb.models.small.initialize` draws them."""
-    fresh = {}
-    for module in model.modules():
-        if isinstance(module, LAYERS):
-            weight = torch.empty(module.weight.shape, dtype=module.weight.dtype)
-            nn.init.kaiming_normal_(weight, nonlinearity="relu", generator=generator)
-            fresh[id(module.weight)] = weight.to(module.weight.device)
-            if module.bias is not None:
-                fresh[id(module.bias)] = torch.zeros_like(module.bias)
-    return fresh
 
 
 def zico(
@@ -345,23 +322,23 @@ def zico(
     official code; ``variant="paper"`` takes that of ``|g|``, as equation 15.
 
     Args:
-        model: network; it stays as it was.
-        batches: pairs ``(x, y)``, two or more (the paper: 2 of 128 images).
+        model: network from ``x`` to the input of ``loss_fn``, or to a tuple that ends in it; it stays as it was.
+        batches: pairs ``(x, y)``, two or more (the paper: 2 of 128 images); ``y`` class numbers for the default loss.
         loss_fn: mean loss of a batch.
         variant: ``"code"``, ``"paper"``, or the ablations ``"mean"`` and ``"std"`` (see `VARIANTS`).
-        layers: classes whose ``weight`` counts.
-        init: ``"kaiming"`` draws weights anew from ``generator`` or ``seed``; ``None`` scores the network as it is.
+        layers: classes whose ``weight`` counts, where it is a parameter with ``requires_grad``.
+        init: ``"kaiming"`` draws convolution and linear weights anew (biases zero); ``None`` takes them as they are.
         generator: stream for ``init``, on the CPU.
         seed: instead of ``generator``; also seeds what the network draws itself, such as dropout.
         reduction: ``"sum"`` or ``"mean"`` over the elements of a layer, before the logarithm.
-        accumulate: let gradients add up over the batches, as the official code does, which never clears them.
+        accumulate: do not clear gradients between batches, as the official code: sample i is the sum of the first i.
 
     Returns:
         The score.
 
     Raises:
         ValueError: see `gradient_moments`; an unknown ``variant`` or ``reduction``; a gradient that is not finite.
-        TypeError: a batch that is not a pair of tensors.
+        TypeError: see `gradient_moments`.
 
     Reference: li2023zico.
 
@@ -388,13 +365,9 @@ def zico_per_layer(
     """Return the terms of `zico` by name of the layer, in the model's order; 0 for a layer without any deviation.
 
     Args:
-        model, batches, loss_fn, reduction, layers: as for `zico`.
+        model, batches, loss_fn, reduction, layers: as for `zico`, which also says what raises.
         variant: one of `VARIANTS`, ``"floor"`` included.
         options: ``init``, ``generator``, ``seed`` and ``accumulate`` of `zico`.
-
-    Raises:
-        ValueError: as `zico`.
-        TypeError: a batch that is not a pair of tensors, or an unknown option.
 
     >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2) for _ in range(2)]
@@ -416,32 +389,24 @@ def zico_terms(
     layers: tuple[type[nn.Module], ...] = LAYERS,
     **options: object,
 ) -> dict[str, float]:
-    """Return several variants of the score from the same passes (``"paper"`` takes its own beyond two batches).
+    """Return variant -> score for several variants from the same passes (beyond two batches ``"paper"`` has its own).
 
     Args:
-        model, batches, loss_fn, layers: as for `zico`.
+        model, batches, loss_fn, layers: as for `zico`, which also says what raises.
         variants: some of `VARIANTS`; ``"floor"`` is `zico_floor`.
         options: ``init``, ``generator``, ``seed`` and ``accumulate`` of `zico`.
-
-    Returns:
-        Variant to score.
-
-    Raises:
-        ValueError: as `zico`.
-        TypeError: a batch that is not a pair of tensors, or an unknown option.
 
     >>> batches = [(torch.randn(8, 3), torch.arange(8) % 2) for _ in range(2)]
     >>> terms = zico_terms(nn.Linear(3, 2), batches)
     >>> terms["code"] >= terms["floor"], round(terms["floor"], 4)
     (True, 1.7918)
     """
-    batches, generator, found = list(batches), options.get("generator"), {}
-    streams: dict[bool, list[str]] = {False: [], True: []}  # by `absolute`
     for variant in variants:
         check_choice("variants", variant, VARIANTS)
-        streams[variant == "paper" and len(batches) > 2].append(variant)
+    batches, generator, found = list(batches), options.get("generator"), {}
     start = generator.get_state() if generator is not None else None
-    for absolute, wanted in streams.items():
+    for absolute in (False, True):
+        wanted = [variant for variant in variants if absolute == (variant == "paper" and len(batches) > 2)]
         if not wanted:
             continue
         if start is not None:
@@ -466,19 +431,15 @@ def zico_floor(
     this is a lower bound of it. It is none for three batches or more.
 
     Args:
-        model, loss_fn, layers: as for `zico`.
+        model, loss_fn, layers: as for `zico`, which also says what raises.
         batches: pairs ``(x, y)``, two or more; ``None`` counts every weight as live and needs no data.
         options: ``init``, ``generator``, ``seed`` and ``accumulate`` of `zico`.
-
-    Raises:
-        ValueError: as `zico`.
-        TypeError: a batch that is not a pair of tensors, or an unknown option.
 
     >>> round(zico_floor(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))), 4)
     4.5643
     """
     if batches is None:
-        return math.fsum(math.log(weight.numel()) for weight in counted_weights(model, layers).values())
+        return math.fsum(math.log(weight.numel()) for weight in free_weights(model, layers).values())
     return math.fsum(zico_per_layer(model, batches, loss_fn, variant="floor", layers=layers, **options).values())
 
 
@@ -494,7 +455,7 @@ def per_layer(
     counts = moments.sums("floor") if reduction == "mean" else dict.fromkeys(totals, 1.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     result = {}
-    for layer, weight in counted_weights(model, layers).items():
+    for layer, weight in free_weights(model, layers).items():
         total, count = totals[names[id(weight)]], counts[names[id(weight)]]
         if not math.isfinite(total):
             raise ValueError(f"gradient must be finite, got inf or nan in layer {layer!r}")
