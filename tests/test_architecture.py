@@ -94,8 +94,6 @@ def systems() -> dict[str, list[Path]]:
 SYSTEMS = systems()
 #: Chapters of the first edition whose cells were moved, not rewritten. None joins; a rewritten one leaves.
 UNSTYLED = {"zico", "cola"}
-#: The bound is 300 kB; figures of this chapter have yet to be thinned.
-OVERSIZE = {"fast_ntk": 370_000}
 HOUSE = [p for p in SOURCES if p.name != "__init__.py"]
 
 
@@ -309,7 +307,7 @@ def test_chapters_are_in_the_house_style(system):
     cells = json.loads(path.read_text())["cells"]
     code = [c for c in cells if c["cell_type"] == "code"]
     sources = ["".join(c["source"]) for c in code]
-    assert path.stat().st_size <= OVERSIZE.get(system, 300_000)
+    assert path.stat().st_size <= 300_000
     short = ["".join(c["source"]) for c in code if "parameters" not in c["metadata"].get("tags", [])]
     assert [s for s in short if s.count("\n") >= 20] == [], "a code cell has more than 20 lines"
     wide = [line for s in sources for line in s.splitlines() if len(line) > 88]

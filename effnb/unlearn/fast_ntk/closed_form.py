@@ -1,15 +1,15 @@
 """The unlearning direction by linear algebra: solves with a ridge, sums of samples that add up, and what each costs."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from effnb.common import check_choice, check_count, check_number, kind
 
-RCOND = 1e-10
+__all__ = ["SolveCost", "ntk_delta", "solve_cost"]
 
-# ------------------------------------------------------------ solves
+RCOND = 1e-10
 
 
 class NotPositive(ValueError):
@@ -36,21 +36,17 @@ def ridge_solve(matrix: Tensor, rhs: Tensor, ridge: float) -> Tensor:
 def check_semidefinite(matrix: Tensor, ridge: float, eps: float = 0.0) -> None:
     """Raise unless the smallest eigenvalue of ``matrix + ridge * I`` is at least ``ridge * (1 - 1e-8)``.
 
-    A Cholesky factorisation of the matrix shifted by ``1e-8 * ridge`` decides it, at a fraction of the cost of the
-    eigenvalues; ``P * eps64 * |matrix|`` allows for the rounding of the sums themselves. ``eps`` is that of the
-    Jacobians: a float32 network rounds differently in batches of another size, so that the difference of the sums
-    may have an eigenvalue of ``-eps * |matrix|``. That is let pass where it changes the ridge by at most 1 %.
+    A Cholesky factorisation of the matrix shifted by ``1e-8 * ridge`` decides it, far cheaper than the eigenvalues;
+    ``P * eps64 * |matrix|`` allows for the rounding of the sums themselves. ``eps`` is that of the Jacobians: a float32
+    network rounds differently in batches of another size, so that the difference of the sums may have an eigenvalue of
+    ``-eps * |matrix|``. That is let pass where it changes the ridge by at most 1 %.
     """
-    size = float(torch.linalg.matrix_norm(matrix))
-    rounding = len(matrix) * torch.finfo(matrix.dtype).eps * size
-    allowed = max(rounding, torch.finfo(matrix.dtype).tiny, min(eps * size, 0.01 * ridge))
+    size, limits = float(torch.linalg.matrix_norm(matrix)), torch.finfo(matrix.dtype)
+    allowed = max(len(matrix) * limits.eps * size, limits.tiny, min(eps * size, 0.01 * ridge))
     shifted = matrix.clone()
     shifted.diagonal().add_(1e-8 * ridge + allowed)
     if torch.linalg.cholesky_ex(shifted)[1].any():
         raise NotPositive("the retained sums have a negative eigenvalue")
-
-
-# ------------------------------------------------------------ sums
 
 
 class Sums:
@@ -131,20 +127,6 @@ class Sums:
         found = basis @ ridge_solve(matrix, inside, ridge)
         return found if ridge == 0 else found + (rhs - basis @ inside) / ridge
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values only."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Sums":
-        """Return a copy from what :meth:`state_dict` returned."""
-        made = cls(len(state["grad"]))
-        vars(made).update({name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()})
-        return made
-
-
-# ------------------------------------------------------------ from Jacobians
-
 
 def _rows(jac: Tensor, residual: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Return a checked Jacobian as float64 rows ``(n * K, P)`` and its residual as ``(n * K,)``."""
@@ -190,8 +172,7 @@ def ntk_delta(
 
     Raises:
         TypeError: a Jacobian or residual that is no tensor, or a number that is none.
-        ValueError: shapes that do not fit, both sets empty, values that are not finite, ``weight_decay`` < 0, or an
-            unknown form.
+        ValueError: shapes that do not fit, both sets empty, values not finite, a ridge < 0, or an unknown form.
 
     Reference: golatkar2020forgetting, li2023fastntk
 
@@ -207,10 +188,9 @@ def ntk_delta(
     n_r, n = len(J_retain), len(J_retain) + len(J_forget)
     if n == 0:
         raise ValueError("J_retain and J_forget must not both be empty")
-    ridge_r, ridge_all = n_r * float(weight_decay), n * float(weight_decay)
     if ridge is not None:
         check_number("ridge", ridge, ge=0)
-        ridge_r = ridge_all = float(ridge)
+    ridge_r, ridge_all = (m * float(weight_decay) if ridge is None else float(ridge) for m in (n_r, n))
     if n == n_r:
         return jr.new_zeros(jr.shape[1])
 
@@ -240,14 +220,10 @@ class SolveCost(NamedTuple):
 
 
 def solve_cost(samples: int, outputs: int, parameters: int, form: str = "primal") -> SolveCost:
-    """Return what one linear step costs: ``NK P^2 + P^3 / 3`` (primal), ``(NK)^2 P + (NK)^3 / 3`` (dual).
-
-    Counted are forming and factorising the system.
+    """Return the cost to form and factorise a system: ``NK P^2 + P^3 / 3`` (primal), ``(NK)^2 P + (NK)^3 / 3`` (dual).
 
     Args:
-        samples: ``N`` >= 1.
-        outputs: ``K`` >= 1.
-        parameters: ``P`` >= 1.
+        samples, outputs, parameters: ``N``, ``K`` and ``P``, >= 1.
         form: ``"primal"`` or ``"dual"``.
 
     Raises:

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,12 @@ from torch.func import functional_call, jacrev, vmap
 
 from effnb.common import check_choice, kind, near
 
+__all__ = ["empirical_ntk", "iter_jacobian", "peft_parameters", "per_sample_jacobian"]
+
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 INSTANCE_NORMS = (nn.modules.instancenorm._InstanceNorm,)
 NORMS = (*BATCH_NORMS, *INSTANCE_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 MEMORY_BUDGET = 2**26
-Chunk = Callable[[Tensor], tuple[Tensor, Tensor]]  # inputs (n, ...) to outputs (n, K) and Jacobian (n, K, P)
-
-# ------------------------------------------------------------ subsets
 
 
 def head_of(model: nn.Module) -> nn.Linear:
@@ -70,9 +68,8 @@ def peft_parameters(model: nn.Module, which: str | Callable[..., bool] = "bn+hea
         if any(part not in SUBSETS for part in parts):
             raise ValueError(f"which must be one of {', '.join(SUBSETS)}, joined by +, got {which!r}")
         chosen = {part: SUBSETS[part](model) for part in parts}
-        for part, ids in chosen.items():
-            if not ids:
-                raise ValueError(f"which must select parameters of the model, got none for {part!r}")
+        if empty := [part for part, ids in chosen.items() if not ids]:
+            raise ValueError(f"which must select parameters of the model, got none for {empty[0]!r}")
         names = [name for name, p in named if id(p) in set().union(*chosen.values())]
     else:
         raise TypeError(f"which must be a string or a predicate, got {kind(which)}")
@@ -104,9 +101,6 @@ def flatten(values: Mapping[str, Tensor], names: list[str], dtype: torch.dtype =
     return torch.cat([values[name].detach().reshape(-1).to(dtype) for name in names])
 
 
-# ------------------------------------------------------------ checks
-
-
 def check_model(model: nn.Module) -> None:
     """Raise unless ``model`` is finite, in eval mode throughout, and no layer mixes the samples of a batch."""
     if not isinstance(model, nn.Module):
@@ -126,25 +120,18 @@ def check_model(model: nn.Module) -> None:
 def check_options(method: str, chunk_size: int | str, memory_budget: int) -> None:
     """Raise unless the options of a Jacobian are in range."""
     check_choice("method", method, METHODS)
-    size, rule = (1, "") if chunk_size == "auto" else (chunk_size, "'auto' or an integer >= 1")
-    for name, value, wanted in (
-        ("chunk_size", size, rule),
-        ("memory_budget", memory_budget, "an integer number of bytes >= 1"),
-    ):
+    sizes = {"memory_budget": memory_budget} | ({} if chunk_size == "auto" else {"chunk_size": chunk_size})
+    for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+            what = "'auto' or an integer" if name == "chunk_size" else "an integer number of bytes"
+            raise ValueError(f"{name} must be {what} >= 1, got {value!r}")
 
 
-class Probe(NamedTuple):
-    """What one sample costs: outputs, and values that all layers together and the largest one return."""
+def probe(model: nn.Module, values: dict[str, Tensor], x: Tensor) -> tuple[int, int, int]:
+    """Return what one sample costs: outputs, and values that all layers together and the largest one return.
 
-    outputs: int
-    activations: int
-    largest: int
-
-
-def probe(model: nn.Module, values: dict[str, Tensor], x: Tensor) -> Probe:
-    """Run one sample; raise if the output is not ``(1, K)`` or the model draws random numbers."""
+    Raises if the output is not ``(1, K)`` or the model draws random numbers.
+    """
     sizes = [x[:1].numel()]
     leaves = [m for m in model.modules() if not any(m.children())]
     handles = [m.register_forward_hook(lambda m, i, o: sizes.append(getattr(o, "numel", int)())) for m in leaves]
@@ -164,22 +151,19 @@ def probe(model: nn.Module, values: dict[str, Tensor], x: Tensor) -> Probe:
         raise ValueError(f"model must map (n, ...) to outputs (n, K), got {kind(out)} for one sample")
     if not out.is_floating_point():
         raise TypeError(f"model must have floating-point outputs, got {out.dtype}")
-    return Probe(out.shape[1], sum(sizes), max(sizes))
+    return out.shape[1], sum(sizes), max(sizes)
 
 
-def sample_bytes(method: str, cost: Probe, parameters: int, itemsize: int) -> int:
+def sample_bytes(method: str, cost: tuple[int, int, int], parameters: int, itemsize: int) -> int:
     """Return an estimate of the peak bytes a sample: its Jacobian, the graph, and the gradients in flight."""
-    graph, flight = 3 * cost.activations, 4 * cost.largest
+    outputs, activations, largest = cost
     if method == "vmap":  # all K cotangents travel at once, and the rows are assembled from parts
-        return itemsize * (cost.outputs * (2 * parameters + flight) + graph)
-    return itemsize * (cost.outputs * parameters + flight + graph)
+        return itemsize * (outputs * (2 * parameters + 4 * largest) + 3 * activations)
+    return itemsize * (outputs * parameters + 4 * largest + 3 * activations)
 
 
-# ------------------------------------------------------------ three ways to the same Jacobian
-
-
-def vmapped(model: nn.Module, names: list[str], values: dict[str, Tensor]) -> Chunk:
-    """Return ``vmap`` over samples of ``jacrev`` over the subset alone; the rest is closed over."""
+def vmapped(model: nn.Module, names: list[str], values: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return outputs and Jacobian by ``vmap`` over samples of ``jacrev`` over the subset; the rest is closed over."""
     subset = {name: values[name] for name in names}
     frozen = {name: value for name, value in values.items() if name not in subset}
 
@@ -187,46 +171,28 @@ def vmapped(model: nn.Module, names: list[str], values: dict[str, Tensor]) -> Ch
         out = functional_call(model, {**frozen, **inner}, (sample[None],))[0]
         return out, out
 
-    both = vmap(jacrev(single, has_aux=True), in_dims=(None, 0))
-
-    def chunk(x: Tensor) -> tuple[Tensor, Tensor]:
-        jac, out = both(subset, x)
-        return out.detach(), torch.cat([jac[name].reshape(*out.shape, -1) for name in names], 2).detach()
-
-    return chunk
+    jac, out = vmap(jacrev(single, has_aux=True), in_dims=(None, 0))(subset, x)
+    return out.detach(), torch.cat([jac[name].reshape(*out.shape, -1) for name in names], 2).detach()
 
 
-def looped(model: nn.Module, names: list[str], values: dict[str, Tensor]) -> Chunk:
-    """Return the official way: batches of one and ``K`` calls of ``autograd.grad`` each."""
-    leaves = {name: values[name].clone().requires_grad_() for name in names}
-
-    @torch.enable_grad()
-    def chunk(x: Tensor) -> tuple[Tensor, Tensor]:
-        outs, jac = [], []
-        for sample in x.split(1):
-            out = functional_call(model, {**values, **leaves}, (sample,))[0]
-            for k in range(len(out)):
-                more = k + 1 < len(out)
-                grads = torch.autograd.grad(
-                    out[k], list(leaves.values()), retain_graph=more, allow_unused=True, materialize_grads=True
-                )
-                jac.append(torch.cat([grad.flatten() for grad in grads]))
-            outs.append(out.detach())
-        return torch.stack(outs), torch.stack(jac).view(len(x), len(out), -1)
-
-    return chunk
+@torch.enable_grad()
+def looped(model: nn.Module, names: list[str], values: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return outputs and Jacobian the official way: batches of one and ``K`` calls of ``autograd.grad`` each."""
+    leaves, outs, jac = {name: values[name].clone().requires_grad_() for name in names}, [], []
+    for sample in x.split(1):
+        out = functional_call(model, {**values, **leaves}, (sample,))[0]
+        for each in out:
+            grads = torch.autograd.grad(each, list(leaves.values()), retain_graph=True, materialize_grads=True)
+            jac.append(torch.cat([grad.flatten() for grad in grads]))
+        outs.append(out.detach())
+    return torch.stack(outs), torch.stack(jac).view(len(x), len(out), -1)
 
 
-class Layer(NamedTuple):
-    """One layer whose parameters are wanted: their column ranges in the Jacobian, ``None`` where not wanted."""
+def plan(model: nn.Module, names: list[str]) -> list[tuple[nn.Module, slice | None, slice | None]]:
+    """Return the layers behind ``names`` with the Jacobian's columns of weight and bias, None where not wanted.
 
-    module: nn.Module
-    weight: slice | None
-    bias: slice | None
-
-
-def plan(model: nn.Module, names: list[str]) -> list[Layer]:
-    """Return the layers behind ``names``; raise where one is neither a norm's affine parameter nor the head's."""
+    Raises where a name is neither a norm's affine parameter nor the head's.
+    """
     columns, start, known = {}, 0, dict(model.named_parameters())
     for name in names:
         columns[name] = slice(start, start := start + known[name].numel())
@@ -238,7 +204,7 @@ def plan(model: nn.Module, names: list[str]) -> list[Layer]:
         if own and (isinstance(module, NORMS) or module is head):
             keys = [f"{prefix}.{part}" if prefix else part for part in ("weight", "bias")]
             if any(key in columns for key in keys):
-                layers.append(Layer(module, *map(columns.get, keys)))
+                layers.append((module, *map(columns.get, keys)))
                 seen.update(keys)
     if other := [name for name in names if name not in seen]:
         raise ValueError(f"norm_affine needs parameters of torch's norm layers and the head only, got {other[0]!r}")
@@ -249,7 +215,9 @@ def plan(model: nn.Module, names: list[str]) -> list[Layer]:
 
 
 def normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """Return what a norm layer multiplies by its weight."""
+    """Return what a norm layer, or a linear one, multiplies by its weight."""
+    if isinstance(module, nn.Linear):
+        return x
     if isinstance(module, INSTANCE_NORMS):
         own = not module.track_running_stats  # without running statistics it takes each sample's own, in eval mode too
         return F.instance_norm(x, module.running_mean, module.running_var, use_input_stats=own, eps=module.eps)
@@ -263,62 +231,55 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _per_sample(module: nn.Module, values: Tensor) -> Tensor:
-    """Return the sum over everything but samples and the norm's own axes, flat: ``(n, channels)``."""
+    """Return the sum over everything but samples and the layer's own axes, flat: ``(n, channels)``."""
     last = isinstance(module, nn.LayerNorm | nn.RMSNorm)
     axes = range(1, values.ndim - len(module.normalized_shape)) if last else range(2, values.ndim)
     # Without axes, `sum` would take all of them.
     return (values.sum(tuple(axes)) if axes else values).flatten(1)
 
 
-def norm_affine(model: nn.Module, names: list[str], values: dict[str, Tensor]) -> Chunk:
-    """Return the fast path for norms and head: one forward, ``K`` backward passes, no graph for each sample.
+@torch.enable_grad()
+def norm_affine(model: nn.Module, names: list[str], values: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both by the fast path for norms and head: one forward, ``K`` backward passes, no graph for each sample.
 
     In eval mode samples do not interact, so the gradient of ``outputs[:, k].sum()`` at a layer's output holds each
     sample's own gradient; a product with the normalised input turns it into the row of that sample.
     """
-    layers = plan(model, names)
-    size = sum(values[name].numel() for name in names)
+    records: list[tuple[nn.Module, tuple, Tensor | None, Tensor]] = []
 
-    def record(records: list, layer: Layer, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        x = args[0].detach()
-        factor = (normalised(module, x) if isinstance(module, NORMS) else x) if layer.weight else None
+    def record(columns: tuple, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        factor = normalised(module, args[0].detach()) if columns[0] else None
         out = out if out.requires_grad else out.detach().requires_grad_()
-        records.append((layer, factor, out))
+        records.append((module, columns, factor, out))
         return out.clone()  # the network may go on in place (ReLU(inplace=True), out += shortcut)
 
-    @torch.enable_grad()
-    def chunk(x: Tensor) -> tuple[Tensor, Tensor]:
-        records: list[tuple[Layer, Tensor | None, Tensor]] = []
-        # In front of the user's own hooks: they may change what the layer returns.
-        handles = [m.module.register_forward_hook(partial(record, records, m), prepend=True) for m in layers]
-        try:
-            out = functional_call(model, values, (x,))
-        finally:
-            for handle in handles:
-                handle.remove()
-        for layer, _, recorded in records:
-            if len(recorded) != len(x) or (isinstance(layer.module, nn.Linear) and recorded.ndim != 2):
-                raise ValueError(f"norm_affine needs layers that see one row a sample, got {kind(recorded)}")
-        jac = torch.zeros(len(x), out.shape[1], size, dtype=out.dtype, device=out.device)
-        targets = [recorded for *_, recorded in records]
-        for k in range(out.shape[1]):
-            more = k + 1 < out.shape[1]
-            grads = torch.autograd.grad(out[:, k].sum(), targets, retain_graph=more, allow_unused=True)
-            for (layer, factor, _), grad in zip(records, grads, strict=True):
-                if grad is None:
-                    continue
-                linear = isinstance(layer.module, nn.Linear)
-                # `+=`: a layer that the network calls twice has two records.
-                if layer.weight:
-                    each = (
-                        grad.unsqueeze(2) * factor.unsqueeze(1) if linear else _per_sample(layer.module, grad * factor)
-                    )
-                    jac[:, k, layer.weight] += each.flatten(1)
-                if layer.bias:
-                    jac[:, k, layer.bias] += grad if linear else _per_sample(layer.module, grad)
-        return out.detach(), jac
-
-    return chunk
+    # In front of the user's own hooks: they may change what the layer returns.
+    layers = plan(model, names)
+    handles = [m.register_forward_hook(partial(record, columns), prepend=True) for m, *columns in layers]
+    try:
+        out = functional_call(model, values, (x,))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module, *_, recorded in records:
+        if len(recorded) != len(x) or (isinstance(module, nn.Linear) and recorded.ndim != 2):
+            raise ValueError(f"norm_affine needs layers that see one row a sample, got {kind(recorded)}")
+    targets, size = [recorded for *_, recorded in records], sum(values[name].numel() for name in names)
+    jac = torch.zeros(len(x), out.shape[1], size, dtype=out.dtype, device=out.device)
+    for k in range(out.shape[1]):
+        more = k + 1 < out.shape[1]
+        grads = torch.autograd.grad(out[:, k].sum(), targets, retain_graph=more, allow_unused=True)
+        for (module, (weight, bias), factor, _), grad in zip(records, grads, strict=True):
+            if grad is None:
+                continue
+            # `+=`: a layer that the network calls twice has two records.
+            if weight and isinstance(module, nn.Linear):
+                jac[:, k, weight] += (grad.unsqueeze(2) * factor.unsqueeze(1)).flatten(1)
+            elif weight:
+                jac[:, k, weight] += _per_sample(module, grad * factor)
+            if bias:
+                jac[:, k, bias] += _per_sample(module, grad)
+    return out.detach(), jac
 
 
 KERNELS = {"vmap": vmapped, "norm_affine": norm_affine, "loop": looped}
@@ -327,31 +288,23 @@ METHODS = ("auto", *KERNELS)
 
 def choose(model: nn.Module, names: list[str], method: str) -> str:
     """Return ``"norm_affine"`` where it applies, ``"vmap"`` elsewhere; a method asked for by name is kept."""
-    if method != "auto":
+    if method in ("vmap", "loop"):
         return method
     try:
         plan(model, names)
     except ValueError:
+        if method == "norm_affine":
+            raise
         return "vmap"
     return "norm_affine"
 
 
-# ------------------------------------------------------------ chunk by chunk
-
-
 def pairs(
-    model: nn.Module,
-    params: str | Iterable[str],
-    x: Tensor,
-    *,
-    method: str = "auto",
-    chunk_size: int | str = "auto",
-    memory_budget: int = MEMORY_BUDGET,
-    point: dict[str, Tensor] | None = None,
+    model, params, x, *, method="auto", chunk_size="auto", memory_budget=MEMORY_BUDGET, point=None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Return outputs ``(n, K)`` and Jacobians ``(n, K, P)`` chunk by chunk; ``point`` overrides parameters by name.
+    """Return what :func:`iter_jacobian` does with the outputs ``(n, K)`` before each chunk, checked at once.
 
-    All input is checked here, not at the first chunk.
+    ``point`` overrides parameters by name.
     """
     check_model(model)
     names = resolve(model, params)
@@ -364,25 +317,24 @@ def pairs(
     values = {name: p.detach() for name, p in model.named_parameters()} | (point or {})
     cost = probe(model, values, x)
     chosen = choose(model, names, method)
-    kernel = KERNELS[chosen](model, names, values)
     if chunk_size == "auto":
         parameters, itemsize = sum(values[name].numel() for name in names), values[names[0]].element_size()
         chunk_size = max(1, memory_budget // sample_bytes(chosen, cost, parameters, itemsize))
 
-    def chunks(kernel: Chunk) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(kernel: str) -> Iterator[tuple[Tensor, Tensor]]:
         for part in x.split(chunk_size):
             try:
-                out, jac = kernel(part)
+                out, jac = KERNELS[kernel](model, names, values, part)
             except ValueError:
-                if method != "auto" or chosen != "norm_affine":
+                if method != "auto" or kernel != "norm_affine":
                     raise
-                kernel = vmapped(model, names, values)  # a layer whose rows are not samples shows only in the forward
-                out, jac = kernel(part)
+                kernel = "vmap"  # a layer whose rows are not samples shows only in the forward
+                out, jac = vmapped(model, names, values, part)
             if not torch.isfinite(jac).all() or not torch.isfinite(out).all():
                 raise ValueError("Jacobian must be finite, got NaN or infinity")
             yield out, jac
 
-    return chunks(kernel)
+    return chunks(chosen)
 
 
 def iter_jacobian(
@@ -397,11 +349,8 @@ def iter_jacobian(
     """Return an iterator over chunks ``(n, K, P)`` of :func:`per_sample_jacobian`, which need not fit in memory.
 
     Args:
-        model, params, x, method, chunk_size, memory_budget: see :func:`per_sample_jacobian`.
-
-    Raises:
-        TypeError: see :func:`per_sample_jacobian`; at once, not at the first chunk.
-        ValueError: likewise.
+        model, params, x, method, chunk_size, memory_budget: see :func:`per_sample_jacobian`, also for the errors; they
+            come at once, not at the first chunk.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).eval()
     >>> [tuple(j.shape) for j in iter_jacobian(model, "norm", torch.zeros(5, 4), chunk_size=2)]
@@ -438,8 +387,8 @@ def per_sample_jacobian(
     Raises:
         TypeError: ``model``, ``x`` or a parameter of a wrong type.
         ValueError: a module in train mode, batch norm without running statistics, active dropout, an empty or unknown
-            subset, outputs that are not ``(n, K)``, ``"norm_affine"`` with other parameters, a Jacobian that is not
-            finite, or an option out of range.
+            subset, outputs not ``(n, K)``, ``"norm_affine"`` with other parameters, a Jacobian that is not finite, or
+            an option out of range.
 
     >>> model = nn.Linear(2, 3).eval()
     >>> per_sample_jacobian(model, ["bias"], torch.ones(4, 2))[0]
@@ -468,15 +417,10 @@ def empirical_ntk(
     ``theta.transpose(1, 2).reshape(N1 * K, N2 * K)`` is the Gram matrix of the Jacobian's rows.
 
     Args:
-        model, params, method, chunk_size, memory_budget: see :func:`per_sample_jacobian`.
-        x1: inputs ``(N1, ...)``.
-        x2: inputs ``(N2, ...)``; ``x1`` if not given.
+        model, params, method, chunk_size, memory_budget: see :func:`per_sample_jacobian`, also for the errors.
+        x1, x2: inputs ``(N1, ...)`` and ``(N2, ...)``; the same ones if ``x2`` is not given.
         trace: return the trace of each block instead of the block, ``(N1, N2)``.
         dtype: of the products; float32 Jacobians are cast before they are multiplied.
-
-    Raises:
-        TypeError: see :func:`per_sample_jacobian`.
-        ValueError: see :func:`per_sample_jacobian`.
 
     Reference: jacot2018neural, novak2022fast
 

@@ -12,6 +12,17 @@ from effnb.common import check_choice, check_count, check_number, mode_restored
 from effnb.unlearn.fast_ntk.jacobian import flatten, resolve
 from effnb.unlearn.fast_ntk.training import LOSSES, Batches, check_labels, collect, loss_per_sample
 
+__all__ = [
+    "MembershipInference",
+    "RelearnTime",
+    "activation_distance",
+    "membership_inference",
+    "output_distance",
+    "parameter_distance",
+    "relearn_time",
+    "update_cosine",
+]
+
 
 @torch.no_grad()
 def outputs_in_eval(model: nn.Module, x: Tensor, batch_size: int = 1024) -> Tensor:
@@ -25,9 +36,6 @@ def _finite(value: Tensor, what: str) -> float:
     if not torch.isfinite(value):
         raise ValueError(f"{what} must be finite, got weights or outputs that make it {float(value)}")
     return float(value)
-
-
-# ------------------------------------------------------------ distances
 
 
 def _ratio(new: Tensor, target: Tensor, old: Tensor) -> float:
@@ -65,12 +73,10 @@ def parameter_distance(
 ) -> float:
     """Return how much of the way to the retrained weights is left, ``|w_new - w_retrain| / |w - w_retrain|``.
 
-    It is 0 at the retrained weights and 1 for the original ones.
-
     Args:
         model: after unlearning.
-        retrained: trained without the forgotten samples.
-        original: before unlearning.
+        retrained: trained without the forgotten samples; at its weights the distance is 0.
+        original: before unlearning; at its weights the distance is 1.
         params: the parameters to compare, names or a subset for :func:`peft_parameters`.
 
     Raises:
@@ -87,14 +93,11 @@ def parameter_distance(
 
 
 def output_distance(model: nn.Module, retrained: nn.Module, original: nn.Module, x: Tensor) -> float:
-    """Return the same ratio as :func:`parameter_distance` for the logits on some inputs.
+    """Return the same ratio as :func:`parameter_distance` for the logits on some inputs; ValueError in the same cases.
 
     Args:
         model, retrained, original: see :func:`parameter_distance`; used in eval mode, their own mode is restored.
         x: inputs ``(n, ...)``, usually the forgotten ones.
-
-    Raises:
-        ValueError: the logits of the original and the retrained model agree, or are not finite.
     """
     return _ratio(*(outputs_in_eval(m, x).double() for m in (model, retrained, original)))
 
@@ -105,17 +108,11 @@ def update_cosine(
     """Return the cosine between the step taken and the step to the retrained weights; 0 if either is zero.
 
     Args:
-        model, retrained, original, params: see :func:`parameter_distance`.
-
-    Raises:
-        ValueError: weights that are not finite, or unknown names.
+        model, retrained, original, params: see :func:`parameter_distance`, which raises the same errors.
     """
     names = resolve(model, params)
     new, target, old = (flatten(dict(m.named_parameters()), names) for m in (model, retrained, original))
     return _finite(torch.nn.functional.cosine_similarity(new - old, target - old, dim=0), "the cosine")
-
-
-# ------------------------------------------------------------ relearning
 
 
 class RelearnTime(int):
@@ -128,7 +125,6 @@ class RelearnTime(int):
     censored: bool
 
     def __new__(cls, epochs: int, censored: bool = False) -> "RelearnTime":
-        """Return an integer with a flag."""
         made = super().__new__(cls, epochs)
         made.censored = censored
         return made
@@ -155,23 +151,18 @@ def relearn_time(
 ) -> RelearnTime:
     """Return the epochs of SGD on all data until the loss on the forgotten samples is back at the original model's.
 
-    Plain SGD in eval mode without weight decay; an epoch has up to ``draws`` samples, drawn with replacement. The
-    loss is looked at before each epoch, so a model that still knows the samples needs 0. The result is ``censored``,
-    and printed as ``>= cap``, if the cap was reached.
+    Plain SGD in eval mode without weight decay. The loss is looked at before each epoch, so a model that still knows
+    the samples needs 0.
 
     Args:
         model: after unlearning; a copy of it is trained.
         data: all data, ``(x, y)`` tensors or a loader that is read once.
         forget: the forgotten samples.
-        original: the model before unlearning, or its mean loss on ``forget``.
+        original: the model before unlearning, or its mean loss on ``forget``, to which ``tolerance`` is added.
         params: the parameters to train, all of them in the official code.
-        loss: ``"ce"`` or ``"mse"``.
-        lr: learning rate.
-        batch_size: samples a step, >= 1.
-        draws: samples an epoch; at most as many as there are.
-        cap: epochs after which to stop, >= 0.
-        tolerance: added to the original model's loss.
-        seed: of the draws.
+        loss, lr, batch_size: see :func:`finetune`.
+        draws: samples an epoch, drawn with replacement by ``seed``; at most as many as there are.
+        cap: epochs after which to stop, >= 0; then the result is ``censored``, and printed as ``>= cap``.
 
     Raises:
         TypeError: an argument of a wrong type.
@@ -187,10 +178,9 @@ def relearn_time(
     if not isinstance(original, nn.Module):
         check_number("original", original)
     (x, y), (xf, yf) = collect(data, "data"), collect(forget, "forget")
-    made = copy.deepcopy(model).eval()  # as in fine-tuning: in train mode the running statistics would relearn too
-    names = set(resolve(made, params))
-    for name, p in made.named_parameters():
-        p.requires_grad_(name in names)
+    # Eval mode as in fine-tuning: in train mode the running statistics would relearn too.
+    made = copy.deepcopy(model).eval().requires_grad_(False)
+    leaves = [made.get_parameter(name).requires_grad_() for name in resolve(made, params)]
     check_labels(torch.cat([y, yf]), outputs_in_eval(made, xf[:1]).shape[1], "data and forget")
 
     def forgotten(m: nn.Module) -> float:
@@ -198,7 +188,7 @@ def relearn_time(
         return _finite(loss_per_sample(outputs_in_eval(m, xf), yf, loss).mean(), "the loss on forget")
 
     goal = (forgotten(original) if isinstance(original, nn.Module) else original) + tolerance
-    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=float(lr))
+    optimizer = torch.optim.SGD(leaves, lr=float(lr))
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(cap):
         if forgotten(made) <= goal:
@@ -208,9 +198,6 @@ def relearn_time(
             loss_per_sample(made(x[index]), y[index], loss).mean().backward()
             optimizer.step()
     return RelearnTime(cap, censored=forgotten(made) > goal)
-
-
-# ------------------------------------------------------------ membership
 
 
 class MembershipInference(NamedTuple):
@@ -240,12 +227,10 @@ def membership_inference(
 
     Args:
         model: maps ``(n, ...)`` to logits ``(n, K)``; used in eval mode, its own mode is restored.
-        retain: members, ``(x, y)`` tensors or a loader.
-        test: samples that the model has never seen.
-        forget: the forgotten samples.
+        retain, test, forget: members, samples that the model has never seen, and the forgotten ones, each ``(x, y)``
+            tensors or a loader.
         held_out: unseen samples for the balanced attack; ``test`` if not given.
-        loss: ``"ce"`` or ``"mse"``, of the balanced attack.
-        seed: of the draw of the balanced samples.
+        loss, seed: of the balanced attack, ``"ce"`` or ``"mse"``, and of the draw of its samples.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -258,7 +243,8 @@ def membership_inference(
     except ImportError as error:
         raise ImportError("membership_inference needs scikit-learn: pip install scikit-learn") from error
     check_choice("loss", loss, LOSSES)
-    sets = {name: collect(part, name) for name, part in (("retain", retain), ("test", test), ("forget", forget))}
+    sets = {"retain": retain, "test": test, "forget": forget}
+    sets = {name: collect(part, name) for name, part in sets.items()}
     unseen, y_unseen = sets["test"] if held_out is None else collect(held_out, "held_out")
 
     def checked(x: Tensor) -> Tensor:
@@ -280,13 +266,12 @@ def membership_inference(
     share = float(attack.predict(entropy["forget"]).mean())
 
     generator = torch.Generator().manual_seed(seed)
-    mine, others, y_forget = [], [], sets["forget"][1]
+    drawn, y_forget = [], sets["forget"][1]
     for label in y_forget.unique().tolist():  # equally many samples of each class on both sides
         both = [torch.nonzero(y == label).flatten().cpu() for y in (y_forget, y_unseen)]
         count = min(map(len, both))
-        for found, index in zip((mine, others), both, strict=True):
-            found.append(index[torch.randperm(len(index), generator=generator)[:count]])
-    mine, others = torch.cat(mine), torch.cat(others)
+        drawn.append([index[torch.randperm(len(index), generator=generator)[:count]] for index in both])
+    mine, others = map(torch.cat, zip(*drawn, strict=True))
     if not len(mine):
         return MembershipInference(share, math.nan)
     known = -loss_per_sample(logits["forget"][mine], y_forget[mine], loss).double()

@@ -1,7 +1,7 @@
 """What unlearning starts from and is compared with: data, losses, training of a subset, prompts, simple baselines."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from effnb.common import check_choice, check_count, check_number, kind
 from effnb.models import ViT
 from effnb.unlearn.fast_ntk.jacobian import check_model, head_of, resolve
 
+__all__ = ["PromptedViT", "finetune", "max_loss", "random_label", "retain_forget_split", "retrain", "zero_class_row"]
+
 LOSSES = ("mse", "ce")
 Batches = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 State = Mapping[str, Tensor] | nn.Module
-
-# ------------------------------------------------------------ data
 
 
 def batches(data: Batches, name: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -69,8 +69,7 @@ def retain_forget_split(x: Tensor, y: Tensor, forget: Tensor | list[int]) -> tup
     The retained pair is in the order of the data, the forgotten one in the order of ``forget``.
 
     Args:
-        x: inputs ``(n, ...)``.
-        y: labels ``(n,)``.
+        x, y: inputs ``(n, ...)`` and labels ``(n,)``.
         forget: distinct indices from 0 to ``n - 1``; none and all of them are both legal.
 
     Raises:
@@ -94,9 +93,6 @@ def retain_forget_split(x: Tensor, y: Tensor, forget: Tensor | list[int]) -> tup
     # Not by values: the same sample may stand on both sides.
     keep = torch.ones(len(y), dtype=torch.bool, device=y.device).index_fill_(0, index, False)
     return (x[keep], y[keep]), (x[index], y[index])
-
-
-# ------------------------------------------------------------ losses
 
 
 def targets(y: Tensor, like: Tensor, centred: bool = False) -> Tensor:
@@ -131,9 +127,6 @@ def curvature_rows(jac: Tensor, outputs: Tensor, loss: str, hessian: str) -> Ten
     return jac.sub_(mean).mul_(p.sqrt().unsqueeze(2))
 
 
-# ------------------------------------------------------------ training
-
-
 def as_mapping(state: State) -> Mapping[str, Tensor]:
     """Return a state dict from a state dict or a model."""
     if isinstance(state, nn.Module):
@@ -159,22 +152,12 @@ def initial_values(model: nn.Module, names: list[str], init_state: State) -> dic
 
 @torch.enable_grad()
 def descend(
-    model: nn.Module,
-    params: str | Iterable[str],
-    objective: Callable[[nn.Module, Tensor, Generator], Tensor],
-    n: int,
-    *,
-    weight_decay: float,
-    init_state: State,
-    epochs: int,
-    lr: float,
-    momentum: float,
-    batch_size: int,
-    seed: int,
-    from_init: bool = False,
+    model, params, objective, n, *, weight_decay, init_state, epochs, lr, momentum, batch_size, seed, from_init=False
 ) -> nn.Module:
-    """Return a copy trained by SGD, cosine schedule, on ``objective(model, indices) + weight_decay / 2 |w - w0|^2``."""
-    check_model(model)
+    """Return a copy trained on ``objective(model, indices of n, generator) + weight_decay / 2 |w - w0|^2``.
+
+    The arguments of the public functions are checked here.
+    """
     names = resolve(model, params)
     check_number("weight_decay", weight_decay, ge=0)
     check_number("lr", lr, ge=0)
@@ -231,9 +214,8 @@ def finetune(
 ) -> nn.Module:
     r"""Return a copy fine-tuned on some data: mean loss :math:`+ \lambda/2\,|w - w_0|^2` over the named parameters.
 
-    The copy stays in eval mode, so running statistics are frozen; SGD with momentum and a cosine schedule down to
-    zero. On the retained data this is the baseline *fine-tune*; on all data, with ``from_init``, it makes the
-    original model.
+    The copy stays in eval mode, so running statistics are frozen; SGD with momentum and a cosine schedule down to zero.
+    On the retained data this is the baseline *fine-tune*; on all data, with ``from_init``, it makes the original model.
 
     Args:
         model: in eval mode; where training starts unless ``from_init``. It is not changed.
@@ -242,18 +224,16 @@ def finetune(
         weight_decay: ``lam`` >= 0, towards ``init_state``.
         init_state: values ``w0`` before fine-tuning, a state dict or a model.
         loss: ``"mse"`` (half the squared distance to one-hot targets) or ``"ce"``.
-        epochs: passes over the data, >= 0.
-        lr: learning rate at the start, >= 0.
-        momentum: of SGD, in [0, 1).
-        batch_size: samples a step, >= 1.
-        seed: of the order of the samples.
         centred: targets one-hot minus ``1 / K`` (mse only).
+        epochs: passes over the data, >= 0, in an order that follows from ``seed``.
+        lr, momentum: of SGD; the rate at the start, >= 0, and a number in [0, 1).
+        batch_size: samples a step, >= 1.
         from_init: start from ``init_state`` instead of the model's own values.
 
     Raises:
         TypeError: an argument of a wrong type.
-        ValueError: an argument out of range, data that are empty or not finite, labels outside ``0..K-1``, a model
-            not in eval mode, or weights that become infinite or NaN on the way.
+        ValueError: an argument out of range, data that are empty or not finite, labels outside ``0..K-1``, a model not
+            in eval mode, or weights that become infinite or NaN on the way.
 
     >>> model, data = nn.Linear(2, 2).eval(), (torch.eye(2), torch.tensor([0, 1]))
     >>> tuned = finetune(model, "head", data, weight_decay=0.0, init_state=model, epochs=200)
@@ -262,12 +242,12 @@ def finetune(
     """
     check_choice("loss", loss, LOSSES)
     ((x, y),), _ = _training_data(model, data=data)
-    schedule = {"epochs": epochs, "lr": lr, "momentum": momentum, "batch_size": batch_size, "seed": seed}
-    start = {"weight_decay": weight_decay, "init_state": init_state, "from_init": from_init}
 
     def objective(m: nn.Module, index: Tensor, _: Generator) -> Tensor:
         return loss_per_sample(m(x[index]), y[index], loss, centred).mean()
 
+    schedule = {"epochs": epochs, "lr": lr, "momentum": momentum, "batch_size": batch_size, "seed": seed}
+    start = {"weight_decay": weight_decay, "init_state": init_state, "from_init": from_init}
     return descend(model, params, objective, len(x), **start, **schedule)
 
 
@@ -276,19 +256,11 @@ def retrain(model: nn.Module, params: str | Iterable[str], retain: Batches, **op
 
     Args:
         model: any model of the same architecture whose parameters outside ``params`` are the pre-trained ones.
-        params: see :func:`finetune`.
-        retain: the retained data.
-        **options: see :func:`finetune`; ``weight_decay`` and ``init_state`` are required. Take the schedule and the
-            seed of the original model.
-
-    Raises:
-        TypeError: see :func:`finetune`.
-        ValueError: see :func:`finetune`.
+        params, retain: see :func:`finetune`; the retained data.
+        **options: see :func:`finetune`, ``weight_decay`` and ``init_state`` are required; schedule and seed should be
+            those of the original model. The errors are the same.
     """
     return finetune(model, params, retain, **options, from_init=True)
-
-
-# ------------------------------------------------------------ baselines
 
 
 def max_loss(
@@ -310,18 +282,12 @@ def max_loss(
     r"""Return a baseline: descend on the retained data while ascending on the rest, :math:`L_r - \alpha L_f`.
 
     Args:
-        model: the fine-tuned model.
-        params, loss, centred, lr, momentum, seed: see :func:`finetune`.
-        retain: the retained data.
+        model, params, loss, centred, lr, momentum, seed: see :func:`finetune`; the fine-tuned model.
+        retain, epochs: the retained data and the passes over it, >= 0.
         forget: the samples to forget; a random batch of them goes with every batch of retained ones.
         alpha: weight of the ascent, >= 0; the objective has no minimum where it wins: a long run diverges, and raises.
-        epochs: passes over the retained data, >= 0.
         batch_size: samples of each kind a step, >= 1.
-        **options: ``weight_decay`` and ``init_state``, see :func:`finetune`.
-
-    Raises:
-        TypeError: see :func:`finetune`.
-        ValueError: ``alpha`` < 0, or see :func:`finetune`.
+        **options: ``weight_decay`` and ``init_state``, see :func:`finetune`, also for the errors.
 
     Reference: golatkar2020forgetting
     """
@@ -344,10 +310,8 @@ def random_label(
     """Return a baseline: each sample to forget gets a label drawn uniformly among the others; fine-tune on all.
 
     Args:
-        model: the fine-tuned model.
-        params: see :func:`finetune`.
-        retain: the retained data.
-        forget: the samples to forget.
+        model, params: see :func:`finetune`; the fine-tuned model.
+        retain, forget: the retained data and the samples to forget.
         seed: of the labels and of the order of the samples.
         **options: see :func:`finetune`; ``weight_decay`` and ``init_state`` are required.
 
@@ -383,14 +347,9 @@ def zero_class_row(model: nn.Module, label: int) -> nn.Module:
     made = copy.deepcopy(model)
     head = head_of(made)
     check_count("label", label, ge=0, le=head.out_features - 1)
-    with torch.no_grad():
-        head.weight[label] = 0
-        if head.bias is not None:
-            head.bias[label] = 0
+    for p in head.parameters():
+        p.data[label] = 0
     return made
-
-
-# ------------------------------------------------------------ prompts
 
 
 class PromptedViT(nn.Module):

@@ -23,7 +23,7 @@ from effnb.unlearn.fast_ntk.training import (
     residual,
 )
 
-SETTINGS = ("loss", "weight_decay", "form", "hessian", "at", "scale", "centred")
+__all__ = ["NTKUnlearner"]
 
 
 def fingerprint(model: nn.Module) -> Tensor:
@@ -51,8 +51,8 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor], names: list[str]) -> d
 def trapezium(step: Tensor, displacement: Tensor, retained_step: Tensor) -> float:
     r"""Return the official heuristic for the length of a step, ``s = 1 + 2 |c| |e| / |delta|``.
 
-    ``e = (w - w0) - w_lin(D_r)`` and ``c`` is the cosine of the angle between ``delta`` and ``e``. The official code
-    has one branch for each sign of ``c``, a sine and a cosine of an angle; both are this formula.
+    ``e = (w - w0) - w_lin(D_r)``, ``c`` the cosine of the angle between ``delta`` and ``e``. The official code has a
+    branch for each sign of ``c``, a sine and a cosine of an angle; both are this formula.
     """
     error = displacement - retained_step
     length, size = torch.linalg.vector_norm(step), torch.linalg.vector_norm(error)
@@ -176,14 +176,12 @@ class NTKUnlearner:
         """
         self._observe()
         self._sums = self._of_all = None  # a fit that fails must not leave old sums beside new weights
-        before = as_mapping(self.init_state)
-        for name, value in self.model.state_dict().items():
-            if name not in self.params and name in before and not torch.equal(value, before[name].to(value)):
-                leak = "what it learnt from the data cannot be removed"
-                rule = "running statistics have to stay frozen while fine-tuning"
-                message = f"{name!r} is not in params, but differs between model and init_state: {leak} ({rule})"
-                warnings.warn(message, stacklevel=2)
-                break
+        before, state = as_mapping(self.init_state), self.model.state_dict()
+        outside = [name for name in state if name in before and name not in self.params]
+        if leaks := [name for name in outside if not torch.equal(state[name], before[name].to(state[name]))]:
+            what = f"{leaks[0]!r} is not in params, but differs between model and init_state"
+            rule = "running statistics have to stay frozen while fine-tuning"
+            warnings.warn(f"{what}: what it learnt from the data cannot be removed ({rule})", stacklevel=2)
         sums = self._accumulate(loader, "loader")
         if sums.count == 0:
             raise ValueError("loader must hold at least one sample, got none")
@@ -268,10 +266,9 @@ class NTKUnlearner:
                 return self._step(self._sums.plus(forget, -1), forget, True)
             except NotPositive as error:
                 if retain_loader is None:
+                    rule = "forget_loader must hold samples that fit has seen"
                     hint = "if it does, give retain_loader to sum them up afresh"
-                    raise ValueError(
-                        f"forget_loader must hold samples that fit has seen, but {error}; {hint}"
-                    ) from error
+                    raise ValueError(f"{rule}, but {error}; {hint}") from error
         return self._step(self._accumulate(retain_loader, "retain_loader"), forget, False)
 
     def delta(self, forget_loader: Batches, retain_loader: Batches | None = None) -> Tensor:
@@ -285,8 +282,8 @@ class NTKUnlearner:
 
         Raises:
             TypeError: batches of a wrong type.
-            ValueError: neither fitted nor given retained data, more samples than were fitted or samples that were
-                not, labels outside ``0..K-1``, nothing retained with ``at="final"``, or a changed model.
+            ValueError: neither fitted nor given retained data, more samples than were fitted or others, labels outside
+                ``0..K-1``, nothing retained with ``at="final"``, or a changed model.
         """
         step, self.last_scale, _ = self._request(forget_loader, retain_loader)
         return step
@@ -297,12 +294,8 @@ class NTKUnlearner:
         """Return a copy of the model without what it learnt from some samples; the model itself stays as it is.
 
         Args:
-            forget_loader, retain_loader: see :meth:`delta`.
+            forget_loader, retain_loader: see :meth:`delta`, also for the errors.
             commit: serve the request for good: the next one starts from here, with the samples gone from the sums.
-
-        Raises:
-            TypeError: see :meth:`delta`.
-            ValueError: see :meth:`delta`.
         """
         step, self.last_scale, retain = self._request(forget_loader, retain_loader)
         moved = self._offset + self.last_scale * step
@@ -318,8 +311,9 @@ class NTKUnlearner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a later request needs besides the model: tensors and plain values."""
-        settings = {name: getattr(self, name) for name in SETTINGS}
-        sums = None if self._sums is None else self._sums.state_dict()
+        names = ("loss", "weight_decay", "form", "hessian", "at", "scale", "centred")
+        settings = {name: getattr(self, name) for name in names}
+        sums = None if self._sums is None else dict(vars(self._sums))
         own = {"init": self._init, "offset": self._offset, "mark": self._mark, "of_all": self._of_all}
         return {"params": list(self.params), "settings": settings, "sums": sums, **own}
 
@@ -340,6 +334,8 @@ class NTKUnlearner:
                 raise ValueError(f"state must have the {name} {mine[name]}, got {state[name]}")
         if not torch.equal(state["init"], mine["init"]) or not same_fingerprint(state["mark"], mine["mark"]):
             raise ValueError("state must belong to this model and init_state, got values of another one")
-        self._offset = state["offset"].clone()
-        self._of_all = None if state["of_all"] is None else state["of_all"].clone()
-        self._sums = None if state["sums"] is None else Sums.from_state(state["sums"])
+        state = copy.deepcopy(state)
+        self._offset, self._of_all, self._sums = state["offset"], state["of_all"], None
+        if state["sums"] is not None:
+            self._sums = Sums(0)
+            vars(self._sums).update(state["sums"])
