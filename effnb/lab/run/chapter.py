@@ -23,9 +23,9 @@ import yaml
 from effnb.common import write_atomically
 from effnb.lab.judge.results import check, load_result, result_path
 from effnb.lab.paths import chapter_path, chapters, committed_results, digest, results_root, root
-from effnb.lab.run import process, resume
+from effnb.lab.run import process
 from effnb.lab.run.parameters import injected, parameters_of
-from effnb.lab.run.stale import notebook_hash, stale_parts
+from effnb.lab.run.stale import PROGRESS, RESUME, folder_of, notebook_hash, stale_parts
 
 #: Seconds after which a chapter is stopped, by profile.
 TIMEOUTS = {"smoke": 180, "book": 900, "study": 7200}
@@ -100,9 +100,9 @@ def execute(
     record = RunRecord(system, profile, "ok", 0.0, folder / source.name)
     write_atomically(folder / "parameters.yaml", yaml.safe_dump(values))
     further = {"EFFNB_RESULTS": str(record.results), "EFFNB_PARAMETERS": json.dumps(values)}
-    further[resume.PROGRESS] = str(folder / "progress.json")
+    further[PROGRESS] = str(folder / "progress.json")
     # Set or emptied: a run that is started from a cell of another must not inherit that one's.
-    further[resume.FOLDER] = str(resume.folder_of(system, values)) if profile == "study" else ""
+    further[RESUME] = str(folder_of(system, values)) if profile == "study" else ""
     command = [sys.executable, "-m", "papermill", source, record.notebook, "-f", folder / "parameters.yaml"]
     command += ["--kernel", "python3", "--cwd", root(), "--log-output", "--no-progress-bar"]
     meter = _Meter(source, system, profile, bool(values), folder / "progress.json", on_progress)
@@ -322,7 +322,7 @@ def smoke(systems: Sequence[str]) -> int:
         )
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=120", "--durations=5"]
     command += ["-p", "no:doctest", "-o", "addopts=", "-q", "-c", os.devnull, "--rootdir", folder, *copies]
-    further = {"EFFNB_RESULTS": str(folder / "results"), "EFFNB_PARAMETERS": "{}", resume.FOLDER: ""}
+    further = {"EFFNB_RESULTS": str(folder / "results"), "EFFNB_PARAMETERS": "{}", RESUME: ""}
     limit = TIMEOUTS["smoke"] * len(systems)
     try:
         code, _ = process.call(command, further, folder, limit, lambda line: print(line, end="", flush=True))
@@ -478,7 +478,7 @@ def update(record: RunRecord, render: Renderers) -> list[Path]:
         changed = _copy_result(system, profile, record.results, committed_results(), new | {"digest": digest(new)})
     changed += _write_drawn(source, notebook, system, render)
     if profile == "study":
-        shutil.rmtree(resume.folder_of(system, parameters_of(system, profile)), ignore_errors=True)
+        shutil.rmtree(folder_of(system, parameters_of(system, profile)), ignore_errors=True)
     return changed
 
 

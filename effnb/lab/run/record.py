@@ -28,8 +28,7 @@ from effnb.lab.judge.results import (
 from effnb.lab.measure import timing
 from effnb.lab.paths import digest
 from effnb.lab.run.process import git
-from effnb.lab.run.resume import earlier
-from effnb.lab.run.stale import loaded_modules, staleness_key
+from effnb.lab.run.stale import earlier, loaded_modules, staleness_key
 
 _STARTED = time.perf_counter()
 _EMPTY = {"estimate": None, "ci": None, "ci_method": "none", "per_seed": []}
