@@ -43,7 +43,7 @@ Renderers = Mapping[str, Callable[[str, Path], Any]]
 class RunRecord:
     """How one chapter's run ended: ``status`` is ``ok``, ``failed`` or ``timeout``; ``error`` is the tail of its log.
 
-    ``folder`` holds the executed notebook and, under ``results``, what the run wrote; no other run writes there.
+    No other run writes to the folder of its executed notebook.
     """
 
     system: str
@@ -54,18 +54,13 @@ class RunRecord:
     error: str = ""
 
     @property
-    def folder(self) -> Path:
-        """Where this run alone wrote."""
-        return self.notebook.parent
-
-    @property
     def results(self) -> Path:
-        """Folder with one folder a profile, as ``book/results``."""
-        return self.folder / "results"
+        """What the run wrote: a folder with one folder a profile, as ``book/results``."""
+        return self.notebook.parent / "results"
 
     def discard(self) -> None:
         """Remove the run's folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.notebook.parent, ignore_errors=True)
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -237,8 +232,7 @@ def execute_all(
     def one(system: str) -> RunRecord:
         return execute(system, profile, parameters, None, timeout, on_progress and partial(on_progress, system))
 
-    records = {}
-    first = sorted(systems, key=lambda s: expected_seconds(s, profile), reverse=True)
+    records, first = {}, sorted(systems, key=lambda s: expected_seconds(s, profile), reverse=True)
     for system, future in process.on_threads(one, first, jobs):
         records[system] = future.result()
         if on_done:
@@ -407,21 +401,17 @@ def update(record: RunRecord, render: Renderers) -> list[Path]:
     old = json.loads(committed.read_text()) if committed.is_file() else {}  # it may break today's rules
     if any(new[k] != old.get(k) for k in new if k not in _VOLATILE):
         changed = _copy_result(record, new | {"digest": digest(new)}, committed_results())
-    changed += _write_drawn(source, notebook, system, render)
+    changed += redraw(system, render, notebook)
     if profile == "study":
         shutil.rmtree(folder_of(system, own), ignore_errors=True)
     return changed
 
 
-def _write_drawn(source: Path, notebook: nbformat.NotebookNode, system: str, render: Renderers) -> list[Path]:
+def redraw(system: str, render: Renderers, notebook: nbformat.NotebookNode | None = None) -> list[Path]:
+    """Bring a chapter's cells that show stored results up to date; return its path if anything changed."""
+    notebook = notebook or nbformat.read(chapter_path(system), as_version=4)
     _draw(notebook, system, committed_results(), render)
-    return _renew(source, nbformat.writes(notebook) + "\n")
-
-
-def redraw(system: str, render: Renderers) -> list[Path]:
-    """Bring the cells that show stored results up to date; return the notebook if it changed."""
-    source = chapter_path(system)
-    return _write_drawn(source, nbformat.read(source, as_version=4), system, render)
+    return _renew(chapter_path(system), nbformat.writes(notebook) + "\n")
 
 
 def misfits(systems: Sequence[str], render: Renderers) -> list[str]:
