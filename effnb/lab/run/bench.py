@@ -87,20 +87,13 @@ def run_all(
 
 
 def benchmarks(folder: str | Path | None = None) -> dict[str, Path]:
-    """Return system to its file ``bench_<system>.py`` in ``folder`` (default: ``benchmarks``), sorted by name.
-
-    >>> benchmarks("no/such/folder")
-    {}
-    """
+    """Return system to its file ``bench_<system>.py`` in ``folder`` (default: ``benchmarks``), sorted by name."""
     paths = sorted(Path(folder or root() / "benchmarks").glob("bench_*.py"))
     return {path.stem.removeprefix("bench_"): path.resolve() for path in paths}
 
 
 def checked_rows(rows: Any) -> list[dict[str, Any]]:
-    """Return rows as plain JSON values, each with its ``verdict``.
-
-    Args:
-        rows: what a benchmark's ``run`` returned.
+    """Return the rows that a benchmark's ``run`` gave as plain JSON values, each with its ``verdict``.
 
     Raises:
         ValueError: no rows, a field missing, unknown or of a wrong kind, two rows of one name, a ratio that is not
@@ -149,11 +142,7 @@ def _positive(field: str, value: Any) -> float:
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """Return a table for the terminal of one system's record, or of what went wrong.
-
-    >>> table({"system": "a", "seconds": 1.0, "error": "broken"}).row_count
-    1
-    """
+    """Return a table for the terminal of one system's record, or of what went wrong."""
     title = f"{record['system']} ({record['seconds']:.0f} s{', quick' if record.get('quick') else ''})"
     shown = Table(title=title, title_justify="left")
     if "error" in record:
@@ -216,10 +205,7 @@ def ratio_text(row: Mapping) -> str:
 
 
 def problems(folder: Path | None = None) -> list[str]:
-    """Return what is wrong with stored benchmarks, one line each: edited by hand, or a verdict its ratio does not give.
-
-    ``folder`` holds them; default ``book/results/bench``.
-    """
+    """Return what is wrong with stored benchmarks, a line each: edited by hand, or a verdict its ratio does not give."""
     lines = []
     for path in sorted((folder or committed_results() / "bench").glob("*.json")):
         try:

@@ -117,9 +117,6 @@ def _guarded(function: Callable, item: object) -> object:
         return error
 
 
-# --- Ray -------------------------------------------------------------------------------------------------------------
-
-
 def _on_ray(function: Callable, items: Sequence, address: str, done: OnDone) -> None:
     """Run one Ray task an item on a cluster that is already up; leave it, and a connection that exists, as they were.
 

@@ -30,9 +30,6 @@ class Known(NamedTuple):
     default: Any
 
 
-# --- what a chapter knows ------------------------------------------------------------------------------------------
-
-
 def known(system: str) -> dict[str, Known]:
     """Return the parameters of a chapter, as its parameters cell declares them.
 
@@ -125,9 +122,6 @@ def _fits(value: Any, kind: str, default: Any) -> bool:
     return not kinds or all(any(_fits(element, k, None) for k in kinds) for element in value)
 
 
-# --- profiles --------------------------------------------------------------------------------------------------------
-
-
 def profiles(system: str) -> dict[str, dict[str, Any]]:
     """Return the parameter sets of one chapter in ``notebooks/profiles.yaml``.
 
@@ -175,9 +169,6 @@ def injected(system: str, profile: str, further: Mapping[str, Any] | None = None
     if values.get("profile", profile) != profile:
         raise ValueError(f"profiles.yaml: profile of {system} at {profile} must be {profile!r}, its own name")
     return values | checked(further or {}, declared, system)
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
 
 
 def parse_value(text: str) -> Any:

@@ -203,11 +203,7 @@ def _tell() -> None:
 
 @functools.cache
 def earlier() -> tuple[float, float]:
-    """Return the seconds and CPU seconds that cut-off runs before this process spent on what is now read from disk.
-
-    >>> earlier()
-    (0.0, 0.0)
-    """
+    """Return the seconds and CPU seconds that cut-off runs before this process spent on what is now read from disk."""
     folder = os.environ.get(RESUME)
     try:
         spent = json.loads((Path(folder) / _SPENT).read_text()) if folder else {}

@@ -21,7 +21,7 @@ from effnb.common import write_atomically
 from effnb.lab.judge import stats
 from effnb.lab.judge.results import result_path
 from effnb.lab.measure import plot
-from effnb.lab.paths import chapter_path, digest, root
+from effnb.lab.paths import chapter_path, chapters, digest, root
 from effnb.lab.run import chapter, process
 from effnb.lab.run.fanout import fan_out
 from effnb.lab.run.parameters import checked, injected, known
@@ -66,11 +66,8 @@ def run_cell(cell: Cell) -> dict:
     """
     for name, value in cell.environment.items():
         os.environ.setdefault(name, value)
-    try:
-        fits = notebook_hash(chapter_path(cell.system)) == cell.notebook
-    except ValueError:
-        fits = False
-    if not fits:
+    path = chapters().get(cell.system)
+    if path is None or notebook_hash(path) != cell.notebook:
         raise RuntimeError(f"the checkout {root()} has no or another version of the chapter {cell.system}")
     with tempfile.TemporaryDirectory(prefix="effnb-sweep-", ignore_cleanup_errors=True) as folder:
         record = chapter.execute(cell.system, cell.profile, cell.further, Path(folder), cell.timeout)
@@ -182,10 +179,7 @@ def _finished(stored: bytes | None, today: Mapping, hash_of: Callable[[str], str
 
 
 class Store:
-    """Files below one folder or address that fsspec knows, read and written whole; a reader never sees half of one.
-
-    Args:
-        out: a folder, or an address such as ``"s3://bucket/sweep"`` or ``"memory://sweep"``.
+    """Files below a folder, or an address that fsspec knows such as ``"s3://bucket/sweep"``, read and written whole.
 
     Raises:
         ImportError: if the address needs a package that is not installed, naming it.
@@ -197,27 +191,21 @@ class Store:
 
     def __init__(self, out: str | Path) -> None:
         self.out = str(out).rstrip("/")
-        self.files, self.base = fsspec.core.url_to_fs(self.out) if "://" in self.out else (None, self.out)
+        self.remote = fsspec.get_mapper(self.out) if "://" in self.out else None
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content, or None where there is none."""
-        path = f"{self.base}/{name}"
-        try:
-            return self.files.cat_file(path) if self.files else Path(path).read_bytes()
-        except FileNotFoundError:
-            return None
+        if self.remote is not None:
+            return self.remote.get(name)
+        path = Path(self.out, name)
+        return path.read_bytes() if path.is_file() else None
 
     def write(self, name: str, raw: bytes) -> None:
         """Write a file at once: renamed into place here, sent in one piece elsewhere."""
-        path = f"{self.base}/{name}"
-        if self.files is None:
-            write_atomically(path, raw)
+        if self.remote is not None:
+            self.remote[name] = raw
         else:
-            self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self.files.pipe_file(path, raw)
-
-
-# --- what was measured -----------------------------------------------------------------------------------------------
+            write_atomically(Path(self.out, name), raw)
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,18 +243,15 @@ def values_of(result: Mapping) -> dict[str, float]:
     >>> values_of({"claims": {"a/A1": {"measured": {"per_seed": [2.0]}}}, "metrics": {"loss": [0.5]}})
     {'loss': 0.5, 'a/A1': 2.0}
     """
-    noted = {name: math.fsum(v) / len(v) for name, v in result.get("metrics", {}).items() if v}
-    found, baselines = {}, {}
+    found = {name: math.fsum(v) / len(v) for name, v in result.get("metrics", {}).items() if v}
+    baselines = {}
     for claim, entry in result.get("claims", {}).items():
-        measured = entry.get("measured") or {}
-        values = measured.get("per_seed") or []
-        if len(values) == 1:
-            found[claim] = values[0]
-        elif values and measured.get("estimate") is not None:
-            found[claim] = measured["estimate"]
+        measured = entry["measured"]
+        if values := measured["per_seed"]:
+            found[claim] = float(values[0] if len(values) == 1 else measured["estimate"])
         if baseline := measured.get("baseline_per_seed"):
             baselines[f"{claim} baseline"] = math.fsum(baseline) / len(baseline)
-    return {name: float(value) for name, value in (noted | found | baselines).items() if value is not None}
+    return found | baselines
 
 
 def _label(parameters: Mapping) -> str:
@@ -318,18 +303,16 @@ def figure(table: SweepTable) -> dict[str, bytes]:
 
     Combinations of the further parameters are lines; bars are the 95 % intervals, dots the seeds.
     """
-    metrics = list(dict.fromkeys(table.intervals["metric"]))
-    if len(metrics) > PANELS:
-        table.notes.append(f"the figure shows {PANELS} of {len(metrics)} metrics; all are in sweep.csv")
-    metrics = metrics[:PANELS]
+    every = table.intervals["metric"].unique()
+    if len(every) > PANELS:
+        table.notes.append(f"the figure shows {PANELS} of {len(every)} metrics; all are in sweep.csv")
+    metrics = every[:PANELS]
     # For those who can't see it; no date, so that the same figures give the same bytes.
     described = f"{table.system}: {', '.join(metrics)} over {', '.join(table.parameters) or 'seeds'}"
     metadata = {"svg": {"Date": None, "Description": described}, "png": {"Description": described}}
-    found: dict[str, bytes] = {}
+    found, columns, rows = {}, min(2, len(metrics)), math.ceil(len(metrics) / 2)
     with mpl.rc_context():
         plot.style()
-        columns = min(2, len(metrics))
-        rows = math.ceil(len(metrics) / columns)
         canvas = Figure(figsize=(5.0 if columns == 1 else 7.2, 3.1 * rows))
         for k, metric in enumerate(metrics):
             panel(canvas.add_subplot(rows, columns, k + 1), table, metric)
