@@ -205,7 +205,7 @@ def ratio_text(row: Mapping) -> str:
 
 
 def problems(folder: Path | None = None) -> list[str]:
-    """Return what is wrong with stored benchmarks, a line each: edited by hand, or a verdict its ratio does not give."""
+    """Return what is wrong with stored benchmarks, a line each: edited by hand, a verdict its ratio does not give."""
     lines = []
     for path in sorted((folder or committed_results() / "bench").glob("*.json")):
         try:

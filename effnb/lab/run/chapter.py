@@ -334,11 +334,7 @@ def _draw(notebook: nbformat.NotebookNode, system: str, results: Path, render: R
 
 
 def normalized(source: Path, executed: Path) -> nbformat.NotebookNode:
-    """Return the source notebook with the executed copy's outputs, and nothing that changes from run to run.
-
-    Args:
-        source: the committed notebook.
-        executed: papermill's output for it, with the same cell ids.
+    """Return a committed notebook with the outputs of papermill's copy, and nothing that changes from run to run.
 
     Raises:
         ValueError: a code cell of the source is missing in the executed copy or was run from another source.
@@ -377,13 +373,8 @@ def update(record: RunRecord, render: Renderers) -> list[Path]:
     written first and names the outputs that belong to it: a kill before the notebook is written shows in
     :func:`misfits`. Returns the files that changed.
 
-    Args:
-        record: a run at ``book`` or ``study`` that ended well.
-        render: draws the cells that show stored results.
-
     Raises:
-        ValueError: a smoke run or one that failed, other parameters than the profile's, or a notebook that has changed
-            since.
+        ValueError: a smoke run or one that failed, other parameters than the profile's, a notebook that has changed.
     """
     system, profile, source = record.system, record.profile, chapter_path(record.system)
     if profile == "smoke" or record.status != "ok":

@@ -50,8 +50,7 @@ def notebook_hash(path: Path) -> str:
 def module_hash(name: str) -> str | None:
     """Return the digest of a module's code without comments and docstrings; ``None`` if there is no such module.
 
-    Args:
-        name: dotted name, ``effnb.optim.avagrad``, or the path of a script in the checkout, ``data/score_nas.py``.
+    ``name`` is dotted, ``effnb.optim.avagrad``, or the path of a script in the checkout, ``data/score_nas.py``.
 
     >>> module_hash("effnb.no_such_module") is None
     True
@@ -99,12 +98,8 @@ def all_modules() -> list[str]:
 def staleness_key(system: str, modules: Iterable[str], parameters: Mapping | None = None) -> dict:
     """Return what a result depends on: notebook, parameters, modules, lock file and Python's minor version.
 
-    Two equal keys mean that the figures need no new run.
-
-    Args:
-        system: the chapter.
-        modules: names of the ``effnb`` modules that the run loaded.
-        parameters: injected parameters; default those of the running process, ``$EFFNB_PARAMETERS``.
+    Two equal keys mean that the figures need no new run. ``modules`` are those that the run loaded; ``parameters`` what
+    was injected, by default into the running process, ``$EFFNB_PARAMETERS``.
     """
     if parameters is None:
         parameters = json.loads(os.environ.get("EFFNB_PARAMETERS", "{}"))
