@@ -163,29 +163,25 @@ def _part_init(old: str, part: str, name: str) -> str:
 
 def _contents(old: str, part: str, number: int, file: str, title: str) -> str:
     """Return the table of contents with the chapter in its part, in order; lines that are there stay as they are."""
-    entry = [f"      - file: {file}", f"        title: {_quoted(f'{number:02d} {title}')}"]
-    lines = old.splitlines()
+    lines, caption = old.splitlines(), PARTS.get(part, part)
     if "parts:" not in lines:
         raise ValueError("_toc.yml must have parts")
-    caption = PARTS.get(part, part)
-    blocks = [k for k, line in enumerate(lines) if line.startswith("  - caption:")] + [len(lines)]
-    place = None
-    for start, end in itertools.pairwise(blocks):
+    entry = [f"      - file: {file}", f"        title: {_quoted(f'{number:02d} {title}')}"]
+    head, place = [f"  - caption: {_quoted(caption)}", "    chapters:"], len(lines)
+    starts = [k for k, line in enumerate(lines) if line.startswith("  - caption:")]
+    for start, end in itertools.pairwise([*starts, len(lines)]):
         numbers = {k: int(m[1]) for k in range(start, end) if (m := re.search(r"notebooks/(\d\d)_", lines[k]))}
         later = [k for k, n in numbers.items() if n > number]
         if yaml.safe_load(lines[start].strip()[2:])["caption"] == caption:
-            place = later[0] if later else end
+            head, place = [], later[0] if later else end
             break
         # A part that is not there yet: before the first part with a later chapter, else after the last with any.
         if later:
-            place, entry = start, [f"  - caption: {_quoted(caption)}", "    chapters:", *entry]
+            place = start
             break
         if numbers:
             place = end
-    else:
-        entry = [f"  - caption: {_quoted(caption)}", "    chapters:", *entry]
-        place = len(lines) if place is None else place
-    lines[place:place] = entry
+    lines[place:place] = head + entry
     page = f"          - file: book/api/{part}"
     listed = [k for k, line in enumerate(lines) if "file: book/api/" in line]
     if listed and page not in lines:
