@@ -20,7 +20,7 @@ from effnb.lab import show
 from effnb.lab.judge.results import check, load_result, result_path
 from effnb.lab.paths import committed_results
 from effnb.lab.run import chapter as runner
-from effnb.lab.run import process, resume, stale
+from effnb.lab.run import process, stale
 
 RENDER = {"at-a-glance": show.at_a_glance, "study": show.study}
 OPENING = 'from effnb import lab\n\nlab.show.at_a_glance("toy")'
@@ -293,14 +293,14 @@ def test_the_code_that_counts_is_the_package_without_what_shows_it(toy_book, mon
     names = stale.all_modules()
     assert {"effnb.common", "effnb.lab.measure.train", "effnb.optim", "effnb.lab.show"} <= set(names)
     assert not [name for name in names if name.startswith(("effnb.lab.publish", "effnb.lab.cli"))]
-    before = resume.folder_of("toy", {})
+    before = stale.folder_of("toy", {})
     monkeypatch.setattr(stale, "module_hash", lambda name: "other")
-    assert resume.folder_of("toy", {}) != before
+    assert stale.folder_of("toy", {}) != before
 
 
 SCRIPT = """
 import sys
-from effnb.lab.run.resume import resumable
+from effnb.lab.run.stale import resumable
 @resumable(calls=3)
 def double(x):
     print("computed", x)
@@ -332,13 +332,13 @@ def test_a_killed_or_damaged_write_is_never_read(tmp_path):
 def test_time_of_earlier_runs_counts(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFNB_RESUME", str(tmp_path))
     (tmp_path / "spent.json").write_text('{"seconds": 7.5, "cpu": 7.0}')
-    resume.earlier.cache_clear()
-    assert resume.earlier() == (7.5, 7.0)
+    stale.earlier.cache_clear()
+    assert stale.earlier() == (7.5, 7.0)
     (tmp_path / "spent.json").write_text("{")
-    resume.earlier.cache_clear()
-    assert resume.earlier() == (0.0, 0.0)
+    stale.earlier.cache_clear()
+    assert stale.earlier() == (0.0, 0.0)
     monkeypatch.delenv("EFFNB_RESUME")
-    resume.earlier.cache_clear()
+    stale.earlier.cache_clear()
 
 
 # ---- what is committed -----------------------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def test_a_study_update_leaves_the_outputs_of_the_book(toy_book):
     assert "study" in notebook.cells[1].outputs[0].data["text/html"]
     assert len(load_result("toy", "study")["seeds"]) == 4 and len(load_result("toy")["seeds"]) == 3
     assert check() == check(profile="study") == [] and runner.misfits(["toy"], RENDER) == []
-    assert not resume.folder_of("toy", record and runner.parameters_of("toy", "study")).exists()
+    assert not stale.folder_of("toy", record and runner.parameters_of("toy", "study")).exists()
 
 
 def test_a_stored_figure_is_copied_before_the_result_and_an_old_one_goes(toy_book):

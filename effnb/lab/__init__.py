@@ -11,7 +11,7 @@ _HOMES = {
     "cost": "measure.cost",
     "data": "measure.data",
     "plot": "measure.plot",
-    "resumable": "run.resume:resumable",
+    "resumable": "run.stale:resumable",
     "seed": "measure.seed",
     "show": "show",
     "stats": "judge.stats",

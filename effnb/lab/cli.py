@@ -12,20 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from typer import Argument, Option
 from typer.core import TyperGroup
 
 from effnb.lab import show
-from effnb.lab.judge.claims import PASSED, VERDICTS, load
-from effnb.lab.judge.results import (
-    check,
-    compare,
-    format_measured,
-    joined,
-    load_result,
-    stated_verdict,
-)
+from effnb.lab.judge.claims import PASSED, is_worse, load
+from effnb.lab.judge.results import check, compare, format_measured, joined, load_result, stated_verdict
 from effnb.lab.measure import data as sets
 from effnb.lab.paths import chapter_path, chapters, committed_results, results_root, root
+from effnb.lab.publish import site
 from effnb.lab.run import bench as benches
 from effnb.lab.run import chapter, skeleton, stale
 from effnb.lab.run.parameters import parse_grid, parse_parameters, parse_seeds, profiles
@@ -35,13 +30,12 @@ RENDER: chapter.Renderers = {"lead": show.lead, "at-a-glance": show.at_a_glance,
 #: Verdicts as they are counted in one line, reproduced and checked analytically together.
 COUNTED = ((*PASSED,), ("partially",), ("not-reproduced-at-this-scale",), ("not-tested",))
 
-console, errors = Console(soft_wrap=False), Console(stderr=True)
+console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
 def fail(message: str, code: int = 2) -> None:
     """Print one line and end."""
-    errors.print("[red]error:[/red]", end=" ")
-    errors.print(message, markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -60,31 +54,22 @@ class _OneLine(TyperGroup):
             fail(" ".join(told.split()))
 
 
-app = typer.Typer(
-    help="Run, judge and publish the chapters of the effnb reproduction book.",
-    cls=_OneLine,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(cls=_OneLine, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-Chapters = Annotated[
-    list[str] | None, typer.Argument(help="Chapters by system name, as `effnb list` shows them; none means all.")
-]
+Chapters = Annotated[list[str] | None, Argument(help="Chapters by system name, as in `effnb list`; none means all.")]
 Profile = Annotated[
-    str,
-    typer.Option(help="Parameter set: smoke (seconds), book (what CI publishes), study (up to an hour, the evidence)."),
+    str, Option(help="Parameter set: smoke (seconds), book (what CI publishes), study (up to an hour, the evidence).")
 ]
-Awaiting = Annotated[list[str] | None, typer.Option(help="A chapter that awaits a run: told, without failing.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Chapters at a time; each uses one thread.")]
+Awaiting = Annotated[list[str] | None, Option(help="A chapter that awaits a run: told, without failing.")]
+Jobs = Annotated[int, Option("--jobs", "-j", min=1, help="Chapters at a time; each uses one thread.")]
 Parameter = Annotated[
-    list[str] | None, typer.Option("--parameter", "-p", help="Override one parameter, NAME=VALUE; may be repeated.")
+    list[str] | None, Option("--parameter", "-p", help="Override one parameter, NAME=VALUE; may be repeated.")
 ]
-Timeout = Annotated[float | None, typer.Option(min=0.001, help="Seconds after which a chapter is stopped.")]
+Timeout = Annotated[float | None, Option(min=0.001, help="Seconds after which a chapter is stopped.")]
 
 
 @app.callback()
-def main(debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False) -> None:
+def main(debug: Annotated[bool, Option("--debug", help="Show where an error was raised.")] = False) -> None:
     """Run, judge and publish the chapters of the effnb reproduction book."""
 
 
@@ -109,20 +94,18 @@ def run_with_progress(
         weight = {system: chapter.expected_seconds(system, profile) for system in systems}
         whole = bars.add_task("all chapters", total=sum(weight.values()))
         tasks = {system: bars.add_task(system, total=1.0, start=False) for system in systems}
-        shares: dict[str, float] = dict.fromkeys(systems, 0.0)
 
         def on_progress(system: str, share: float) -> None:
             if not bars.tasks[tasks[system]].started:
                 bars.start_task(tasks[system])
-            shares[system] = share
             bars.update(tasks[system], completed=share)
-            bars.update(whole, completed=sum(weight[s] * shares[s] for s in systems))
+            bars.update(whole, completed=sum(weight[s] * bars.tasks[tasks[s]].completed for s in systems))
 
         def on_done(record: chapter.RunRecord) -> None:
             chapter.deliver(record, RENDER)
             on_progress(record.system, 1.0)
             if not console.is_terminal:
-                console.print(f"{record.system}: {record.status} after {record.seconds:.1f} s", highlight=False)
+                console.print(f"{record.system}: {record.status} after {record.seconds:.1f} s")
 
         return chapter.execute_all(systems, profile, values, jobs, on_progress, on_done, timeout)
 
@@ -132,14 +115,14 @@ def _failures(records: Sequence[chapter.RunRecord]) -> bool:
     bad = [record for record in records if record.status != "ok"]
     for record in bad:
         console.rule(f"{record.system}: {record.status}")
-        console.print(record.error, markup=False, highlight=False)
+        console.print(record.error, markup=False)
     return bool(bad)
 
 
 @app.command("list")
 def list_chapters(
-    names: Annotated[bool, typer.Option("--json", help="Only the names, as a JSON list, for workflows.")] = False,
-    profile: Annotated[str | None, typer.Option(help="Only chapters that have this parameter set.")] = None,
+    names: Annotated[bool, Option("--json", help="Only the names, as a JSON list, for workflows.")] = False,
+    profile: Annotated[str | None, Option(help="Only chapters that have this parameter set.")] = None,
 ) -> None:
     """Show every chapter with its claims, verdicts and the seconds that it takes."""
     systems = [s for s in chosen(None) if profile in (None, "book") or profile in profiles(s)]
@@ -150,14 +133,12 @@ def list_chapters(
     for system in systems:
         try:
             claims = load(system)
-            results = {profile: load_result(system, profile) for profile in ("book", "study")}
+            results = [load_result(system, "book"), load_result(system, "study")]
         except ValueError as error:  # one bad file must not hide the other chapters
             wrong.append(str(error))
             continue
-        passed = [
-            str(sum(e["verdict"] in PASSED for e in r["claims"].values())) if r else "-" for r in results.values()
-        ]
-        seconds = " + ".join(f"{r['runtime_s']:.0f}" for r in results.values() if r) or "-"
+        passed = [str(sum(e["verdict"] in PASSED for e in r["claims"].values())) if r else "-" for r in results]
+        seconds = " + ".join(f"{r['runtime_s']:.0f}" for r in results if r) or "-"
         table.add_row(chapter_path(system).name[:2], system, claims.title, str(len(claims.claims)), *passed, seconds)
     console.print(table)
     if wrong:
@@ -170,9 +151,7 @@ def run(
     profile: Profile = "book",
     parameter: Parameter = None,
     jobs: Jobs = 2,
-    update: Annotated[
-        bool, typer.Option("--update", help="Also commit the results to book/results/, and what the notebook shows.")
-    ] = False,
+    update: Annotated[bool, Option("--update", help="Also commit the results, and what notebooks show.")] = False,
     timeout: Timeout = None,
 ) -> None:
     """Execute chapters with papermill; the executed notebooks go to _build/executed/.
@@ -180,18 +159,15 @@ def run(
     A failing chapter does not stop the others; the command then ends with code 1 and a table. A study that is cut off
     goes on where it stopped, unless code or parameters have changed.
     """
-    from effnb.lab.publish import site
-
     values = parse_parameters(parameter or [])
     if update and (profile == "smoke" or values):
         fail("--update publishes the book or the study profile as it is: leave out --profile smoke and -p")
     records = run_with_progress(chosen(systems), profile, values, jobs, timeout)
-    good = [record for record in records if record.status == "ok"]
     if update:
-        for record in good:
+        for record in (record for record in records if record.status == "ok"):
             changed = chapter.update(record, RENDER)
             names = ", ".join(str(path.relative_to(root())) for path in changed) or "nothing changed"
-            console.print(f"{record.system}: {names}", highlight=False)
+            console.print(f"{record.system}: {names}")
         site.refresh()
     failed = _failures(records)
     table = Table("chapter", "status", "seconds", title=f"Chapters, profile {profile}")
@@ -204,17 +180,12 @@ def run(
 
 
 @app.command()
-def book(
-    jobs: Jobs = 2,
-    timeout: Annotated[float | None, typer.Option(min=1e-3, help="Seconds after which a chapter is stopped.")] = None,
-) -> None:
+def book(jobs: Jobs = 2, timeout: Timeout = None) -> None:
     """Execute every chapter, judge all claims, build the site; one line a chapter, and each change of a verdict.
 
     Ends with code 1 if a chapter fails, a stored verdict does not follow from its values, a verdict is worse than the
     committed one beyond its intervals (times and missing data apart), or the site has a warning.
     """
-    from effnb.lab.publish import site
-
     systems = chosen(None)
     chapter.clean()
     records = run_with_progress(systems, "book", {}, jobs, timeout)
@@ -225,13 +196,11 @@ def book(
     worse = [] if problems else compare(built)
     bad_site = 1 if failed or problems else site.build(root() / "_build" / "executed", built)
     console.print(_counts_table({r.system: r for r in records}, built))
-    for line in _changes(built, worse):
-        console.print(line, highlight=False)
-    for line in problems:
-        console.print(f"[red]claims:[/red] {escape(line)}", highlight=False)
+    for line in _changes(built, worse) + [f"[red]claims:[/red] {escape(line)}" for line in problems]:
+        console.print(line)
     for record in records:
         record.discard()
-    raise typer.Exit(int(failed or bool(problems) or bool(worse) or bool(bad_site)))
+    raise typer.Exit(int(bool(failed or problems or worse or bad_site)))
 
 
 def _counts(results: Path | None, system: str, profile: str) -> tuple[str, str]:
@@ -243,11 +212,8 @@ def _counts(results: Path | None, system: str, profile: str) -> tuple[str, str]:
     if result is None:
         return "-", "-"
     entries = [(claim, result["claims"].get(claim.id)) for claim in claims.claims]
-    texts = []
-    for words in ([e and e["verdict"] for _, e in entries], [stated_verdict(c, e) for c, e in entries]):
-        found = Counter(words)
-        texts.append("/".join(str(sum(found[v] for v in verdicts)) for verdicts in COUNTED))
-    return texts[0], texts[1]
+    rival, stated = Counter(e and e["verdict"] for _, e in entries), Counter(stated_verdict(*pair) for pair in entries)
+    return tuple("/".join(str(sum(found[v] for v in words)) for words in COUNTED) for found in (rival, stated))
 
 
 def _counts_table(records: Mapping[str, chapter.RunRecord], built: Path) -> Table:
@@ -275,20 +241,17 @@ def _changes(built: Path, worse: Sequence[str]) -> list[str]:
         claim, now, was = row["claim"], row["entry"], before.get(row["claim"].id)
         if now is None or was is None:
             continue
-        for kind, old, new in (
-            ("strongest rival", was["verdict"], now["verdict"]),
-            ("as stated", stated_verdict(claim, was), stated_verdict(claim, now)),
-        ):
+        as_stated = stated_verdict(claim, was), stated_verdict(claim, now)
+        for kind, old, new in (("strongest rival", was["verdict"], now["verdict"]), ("as stated", *as_stated)):
             if old == new:
                 continue
             if now["not_tested"] in ("data", "extra"):
                 lines.append(f"{claim.id}, {kind}: {old}; {now['not_tested']} not here")
-            else:
-                sign = "better" if VERDICTS.index(new) < VERDICTS.index(old) else "worse"
-                fails = claim.id in failing and kind == "strongest rival"
-                told = "[red]worse, a failure[/red]" if fails else sign
-                told = f"{sign}, within its noise" if sign == "worse" and not fails else told
-                lines.append(f"{claim.id}, {kind}: {old} -> {new} ({told})")
+                continue
+            told = "worse, within its noise" if is_worse(new, old) else "better"
+            if claim.id in failing and kind == "strongest rival":
+                told = "[red]worse, a failure[/red]"
+            lines.append(f"{claim.id}, {kind}: {old} -> {new} ({told})")
     return lines
 
 
@@ -300,17 +263,13 @@ def smoke(systems: Chapters = None) -> None:
 
 @app.command()
 def sweep(
-    system: Annotated[str, typer.Argument(help="The chapter to sweep.")],
-    grid: Annotated[
-        list[str], typer.Option(help="Values of one parameter, NAME=V1,V2,...; may be repeated for a grid.")
-    ],
-    seeds: Annotated[str, typer.Option(help="Seeds, as 0-9 or 0,1,5.")] = "0",
+    system: Annotated[str, Argument(help="The chapter to sweep.")],
+    grid: Annotated[list[str], Option(help="Values of one parameter, NAME=V1,V2,...; may be repeated for a grid.")],
+    seeds: Annotated[str, Option(help="Seeds, as 0-9 or 0,1,5.")] = "0",
     jobs: Jobs = 2,
-    ray: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster, or `auto`; default: processes on this machine.")
-    ] = None,
+    ray: Annotated[str | None, Option(help="Address of a Ray cluster, or `auto`; default: this machine.")] = None,
     profile: Profile = "book",
-    out: Annotated[str | None, typer.Option(help="Output folder; default _build/sweeps/SYSTEM.")] = None,
+    out: Annotated[str | None, Option(help="Output folder; default _build/sweeps/SYSTEM.")] = None,
     timeout: Timeout = None,
 ) -> None:
     """Run a chapter once for each grid cell and seed, and gather the figures with intervals.
@@ -321,13 +280,11 @@ def sweep(
 
     def line(ended: int, cells: int, record: dict) -> None:
         values = " ".join(f"{k}={v}" for k, v in {**record["parameters"], "seed": record["seed"]}.items())
-        console.print(f"{ended}/{cells} {values}: {record['status']}, {record['seconds']:.1f} s", highlight=False)
+        console.print(f"{ended}/{cells} {values}: {record['status']}, {record['seconds']:.1f} s")
 
-    table = sweeps.sweep(
-        system, parse_grid(grid), parse_seeds(seeds), jobs, ray, profile, out, timeout=timeout, on_cell=line
-    )
-    console.print(table.text(), highlight=False, markup=False)
-    raise typer.Exit(1 if table.failures else 0)
+    table = sweeps.sweep(system, parse_grid(grid), parse_seeds(seeds), jobs, ray, profile, out, timeout, line)
+    console.print(table.text(), markup=False)
+    raise typer.Exit(int(bool(table.failures)))
 
 
 # --- judging and publishing ------------------------------------------------------------------------------------------
@@ -335,24 +292,14 @@ def sweep(
 
 @app.command()
 def claims(
-    diff: Annotated[
-        str | None, typer.Option(metavar="REV", help="Show what changed in claims and verdicts since a git revision.")
-    ] = None,
-    built: Annotated[
-        bool, typer.Option("--built", help="Judge the results in _build instead of the committed ones.")
-    ] = False,
-    write: Annotated[
-        bool, typer.Option("--write", help="Also bring the README, pictures and notebooks up to date with the results.")
-    ] = False,
+    diff: Annotated[str | None, Option(metavar="REV", help="Show what has changed since a git revision.")] = None,
+    built: Annotated[bool, Option("--built", help="Judge the results in _build, not the committed ones.")] = False,
+    write: Annotated[bool, Option("--write", help="Also bring README, pictures and notebooks up to date.")] = False,
     awaiting: Awaiting = None,
 ) -> None:
     """Judge all claims anew from their stored values; ends with code 1 if anything does not fit."""
-    from effnb.lab.publish import site
-
     if diff is not None:
-        console.print(
-            "\n".join(stale.diff(diff)) or f"no claim or verdict changed since {diff}", highlight=False, markup=False
-        )
+        console.print("\n".join(stale.diff(diff)) or f"no claim or verdict changed since {diff}", markup=False)
         return
     systems, results = chosen(None), results_root() if built else committed_results()
     problems = check(systems, results=results) + check(systems, "study", results)
@@ -365,38 +312,31 @@ def claims(
     if not built and not problems:
         problems += chapter.misfits([s for s in systems if s not in (awaiting or [])], RENDER) + benches.problems()
     if problems:
-        for line in problems:
-            console.print(f"[red]claims:[/red] {escape(line)}", highlight=False)
+        console.print(*(f"[red]claims:[/red] {escape(line)}" for line in problems), sep="\n")
         raise typer.Exit(1)
     table = Table("claim", "ours", "strongest rival", "as stated", title="Claims (profile book)")
     for row in joined(results):
-        entry = row["entry"]
-        table.add_row(
-            row["claim"].id, format_measured(entry["measured"]), entry["verdict"], stated_verdict(row["claim"], entry)
-        )
+        claim, entry = row["claim"], row["entry"]
+        table.add_row(claim.id, format_measured(entry["measured"]), entry["verdict"], stated_verdict(claim, entry))
     console.print(table)
 
 
 @app.command("stale")
 def stale_chapters(
     systems: Chapters = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="A part of the key that may differ: notebook, parameters, lock or python.")
-    ] = None,
+    ignore: Annotated[list[str] | None, Option(help="May differ: notebook, parameters, lock or python.")] = None,
     awaiting: Awaiting = None,
 ) -> None:
     """Name the chapters whose committed result no longer fits their sources; ends with code 1 if there are any.
 
     Stale studies are named, without failing.
     """
-    names, found = chosen(systems), {}
-    for profile in ("book", "study"):
+    names, found = chosen(systems), []
+    for profile, told in (("book", "changed since its run"), ("study", "study is older than")):
         for system, parts in chapter.stale(names, profile).items():
             if left := sorted(set(parts) - set(ignore or [])):
-                found[profile, system] = left
-    for (profile, system), parts in found.items():
-        told = "changed since its run" if profile == "book" else "study is older than"
-        console.print(f"{system}: {told}: {', '.join(parts)}", highlight=False)
+                found.append((profile, system))
+                console.print(f"{system}: {told}: {', '.join(left)}")
     if not found:
         console.print("every committed result fits its sources")
     raise typer.Exit(int(any(profile == "book" and system not in (awaiting or []) for profile, system in found)))
@@ -404,12 +344,12 @@ def stale_chapters(
 
 @app.command()
 def data(
-    action: Annotated[str, typer.Argument(help="`list` or `fetch`.")] = "list",
-    name: Annotated[str | None, typer.Argument(help="The data set to fetch.")] = None,
+    action: Annotated[str, Argument(help="`list` or `fetch`.")] = "list",
+    name: Annotated[str | None, Argument(help="The data set to fetch.")] = None,
 ) -> None:
     """List the data sets that chapters use and where they come from, or fetch one."""
     if action == "fetch" and name:
-        console.print(f"{name}: {sets.fetch(name)}", highlight=False)
+        console.print(f"{name}: {sets.fetch(name)}")
     elif action == "list" and name is None:
         table = Table("data set", "here")
         for known in sets.NAMES:
@@ -422,8 +362,6 @@ def data(
 @app.command("site")
 def build_site() -> None:
     """Build the site from the committed outputs into _build/html; any warning is an error."""
-    from effnb.lab.publish import site
-
     raise typer.Exit(site.build(root() / "notebooks", committed_results(), root() / "_build" / "html"))
 
 
@@ -431,36 +369,28 @@ def build_site() -> None:
 def bench(
     systems: Chapters = None,
     parameter: Parameter = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A few seconds each: shows that they run, measures nothing.")
-    ] = False,
+    quick: Annotated[bool, Option("--quick", help="A few seconds each: that they run, not how fast.")] = False,
 ) -> None:
     """Time the methods against what a user would otherwise pick, into book/results/bench/."""
-    from effnb.lab.publish import site
-
     values = parse_parameters(parameter or [])
     records = benches.run_all(chosen(systems) if systems else [], quick=quick, further=values)
     if not quick and not values:
         site.refresh()
-    raise typer.Exit(1 if any("error" in record for record in records) else 0)
+    raise typer.Exit(int(any("error" in record for record in records)))
 
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="The system's name in lower case with underscores.")],
-    part: Annotated[str, typer.Option(help="The package of its part: solvers, compress, sparse, nas, optim, ...")],
-    number: Annotated[int, typer.Option(min=1, max=99, help="The chapter's number in the book.")],
-    title: Annotated[str | None, typer.Option(help="Short title; default from the name.")] = None,
-    folder: Annotated[bool, typer.Option("--folder", help="Make the module a folder instead of a file.")] = False,
+    name: Annotated[str, Argument(help="The system's name in lower case with underscores.")],
+    part: Annotated[str, Option(help="The package of its part: solvers, compress, sparse, nas, optim, ...")],
+    number: Annotated[int, Option(min=1, max=99, help="The chapter's number in the book.")],
+    title: Annotated[str | None, Option(help="Short title; default from the name.")] = None,
+    folder: Annotated[bool, Option("--folder", help="Make the module a folder instead of a file.")] = False,
 ) -> None:
     """Make all of a chapter from the skeleton: notebook, module, test, claims, benchmark, profiles and pages."""
     for path in skeleton.create(name, part, number, title, folder):
-        console.print(str(path.relative_to(root())), highlight=False)
-    console.print(
-        f"Next: write the claims, register them with a commit, then `effnb run {name}`.",
-        highlight=False,
-        soft_wrap=True,
-    )
+        console.print(str(path.relative_to(root())))
+    console.print(f"Next: write the claims, register them with a commit, then `effnb run {name}`.", soft_wrap=True)
 
 
 if __name__ == "__main__":

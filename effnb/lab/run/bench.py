@@ -6,7 +6,6 @@ A file ``benchmarks/bench_<system>.py`` holds ``run(quick=False)``, which return
 of ``run`` can be given on the command line.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -42,7 +41,9 @@ def run_all(
 ) -> list[dict[str, Any]]:
     """Run the benchmarks one after another, write ``<out>/<system>.json`` for each and print its table.
 
-    A benchmark that fails leaves its earlier file as it was and does not stop the others.
+    A benchmark that fails leaves its earlier file as it was and does not stop the others. Returns one record a system:
+    ``schema``, ``system``, ``quick``, ``rows`` (each with its ``verdict``), ``machine``, ``roofline``, ``seconds``,
+    ``digest``; or ``system``, ``seconds`` and ``error``.
 
     Args:
         systems: names; none means all.
@@ -52,16 +53,11 @@ def run_all(
         timeout: seconds for each benchmark.
         further: arguments of every benchmark's ``run``, over its own defaults.
 
-    Returns:
-        One record a system: ``schema``, ``system``, ``quick``, ``rows`` (each with its ``verdict``), ``machine``,
-        ``roofline``, ``seconds``, ``digest``; or ``system``, ``seconds`` and ``error``.
-
     Raises:
         ValueError: a system without a benchmark, an argument that one has not or of another type, or ``timeout`` not
             positive; nothing has run then.
 
-    >>> import tempfile; folder = Path(tempfile.mkdtemp())
-    >>> run_all(folder=folder, out=folder)
+    >>> run_all(folder="no/such/folder")
     []
     """
     if not timeout > 0:
@@ -70,18 +66,19 @@ def run_all(
     if missing := sorted(set(systems) - set(found)):
         raise ValueError(f"systems must be among {', '.join(found) or 'none'}, got {', '.join(missing)}")
     chosen = list(dict.fromkeys(systems or found))
-    options = {}
+    options = {system: {"quick": quick} for system in chosen}
     if further:
         from effnb.lab.run import parameters  # here: a benchmark's own process needs none of it
-    for system in chosen if further else ():
-        declared = parameters.arguments(found[system])
-        options[system] = parameters.checked(further, {n: k for n, k in declared.items() if n != "quick"}, system)
-    published = not quick and not further
-    out = Path(out) if out else committed_results() / "bench" if published else root() / "_build" / "bench"
+
+        for system in chosen:
+            declared = parameters.arguments(found[system])
+            declared.pop("quick", None)  # which has an option of its own
+            options[system] |= parameters.checked(further, declared, system)
+    out = Path(out or (root() / "_build" if quick or further else committed_results()) / "bench")
     console, records = Console(), []
     for system in chosen:
         console.print(f"bench {system} ...", style="dim")
-        record = _run_apart(system, found[system], options.get(system, {}) | {"quick": quick}, timeout)
+        record = _run_apart(system, found[system], options[system], timeout)
         if "error" not in record:
             write_atomically(out / f"{system}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
         console.print(table(record))
@@ -90,25 +87,13 @@ def run_all(
 
 
 def benchmarks(folder: str | Path | None = None) -> dict[str, Path]:
-    """Return system to its benchmark file, sorted by name.
-
-    Args:
-        folder: where the ``bench_*.py`` are; default ``benchmarks`` of the checkout.
-
-    >>> benchmarks("no/such/folder")
-    {}
-    """
+    """Return system to its file ``bench_<system>.py`` in ``folder`` (default: ``benchmarks``), sorted by name."""
     paths = sorted(Path(folder or root() / "benchmarks").glob("bench_*.py"))
     return {path.stem.removeprefix("bench_"): path.resolve() for path in paths}
 
 
 def checked_rows(rows: Any) -> list[dict[str, Any]]:
-    """Return rows as plain JSON values, each with its ``verdict``.
-
-    A target is met only if the whole interval is on its good side.
-
-    Args:
-        rows: what a benchmark's ``run`` returned.
+    """Return the rows that a benchmark's ``run`` gave as plain JSON values, each with its ``verdict``.
 
     Raises:
         ValueError: no rows, a field missing, unknown or of a wrong kind, two rows of one name, a ratio that is not
@@ -120,19 +105,44 @@ def checked_rows(rows: Any) -> list[dict[str, Any]]:
     """
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"rows must be a list with at least one row, got {rows!r}")
-    plain = [_checked_row(row) for row in rows]
-    names = [row["name"] for row in plain]
+    found = []
+    for row in rows:
+        if not isinstance(row, Mapping) or set(row) != set(FIELDS):
+            fields = sorted(row) if isinstance(row, Mapping) else row
+            raise ValueError(f"a row must have exactly the fields {', '.join(FIELDS)}, got {fields}")
+        for field in ("name", "ours", "peer", "unit", "detail"):
+            if not isinstance(row[field], str) or not (row[field] or field in ("unit", "detail")):
+                raise ValueError(f"{field} must be a text, got {row[field]!r}")
+        if row["better"] not in ("higher", "lower"):
+            raise ValueError(f"better must be 'higher' or 'lower', got {row['better']!r}")
+        ratio = row["ratio"]
+        if ratio is None and not row["detail"]:
+            raise ValueError(f"detail must say why {row['name']!r} has no ratio, got ''")
+        if isinstance(ratio, Ratio):
+            low, middle, high = (_positive(f"ratio.{field}", getattr(ratio, field)) for field in ("lo", "median", "hi"))
+            if not low <= middle <= high:
+                raise ValueError(f"ratio must have lo <= median <= hi, got {ratio}")
+            ratio = dataclasses.asdict(ratio)
+        elif ratio is not None:
+            ratio = _positive("ratio", ratio)
+        target = None if row["target"] is None else _positive("target", row["target"])
+        plain = {field: row[field] for field in FIELDS} | {"ratio": ratio, "target": target}
+        found.append(plain | {"verdict": judge(plain)})
+    names = [row["name"] for row in found]
     if len(set(names)) < len(names):
         raise ValueError(f"name must differ from row to row, got {names}")
-    return [row | {"verdict": judge(row)} for row in plain]
+    return found
+
+
+def _positive(field: str, value: Any) -> float:
+    number = float(value) if hasattr(value, "__float__") and not isinstance(value, bool) else math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{field} must be a positive and finite number, got {value!r}")
+    return number
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """Return a table for the terminal of one system's record, or of what went wrong.
-
-    >>> table({"system": "a", "seconds": 1.0, "error": "broken"}).row_count
-    1
-    """
+    """Return a table for the terminal of one system's record, or of what went wrong."""
     title = f"{record['system']} ({record['seconds']:.0f} s{', quick' if record.get('quick') else ''})"
     shown = Table(title=title, title_justify="left")
     if "error" in record:
@@ -142,10 +152,9 @@ def table(record: Mapping[str, Any]) -> Table:
     for column in ("what", "ours", "against", "ratio", "target", "verdict"):
         shown.add_column(column)
     for row in record["rows"]:
-        colour, noisy = _COLOURS.get(row["verdict"], "dim"), isinstance(row["ratio"], dict) and row["ratio"]["noisy"]
-        side = "≤" if row["better"] == "lower" else "≥"
+        colour, side = _COLOURS.get(row["verdict"], "dim"), "≤" if row["better"] == "lower" else "≥"
         target = "" if row["target"] is None else f"{side} {row['target']:g}"
-        cells = [escape(text) for text in (row["name"], row["ours"], row["peer"], ratio_text(row) + " noisy" * noisy)]
+        cells = [escape(text) for text in (row["name"], row["ours"], row["peer"], ratio_text(row))]
         shown.add_row(*cells, target, f"[{colour}]{row['verdict']}[/]")
     return shown
 
@@ -174,8 +183,10 @@ def judge(row: Mapping) -> str:
     if target is None:
         return "no target"
     sign = -1 if row.get("better") == "lower" else 1
-    worst, middle = min(sign * found[1], sign * found[2]), sign * found[0]
-    return "met" if worst >= sign * target else "median only" if middle >= sign * target else "not met"
+    middle, *ends = (sign * value for value in found)
+    if min(ends) >= sign * target:
+        return "met"
+    return "median only" if middle >= sign * target else "not met"
 
 
 def ratio_text(row: Mapping) -> str:
@@ -193,44 +204,8 @@ def ratio_text(row: Mapping) -> str:
     return f"{median}{unit}" + (f" [{low}, {high}]" if found[1] != found[2] else "") + " (noisy)" * bool(noisy)
 
 
-def _checked_row(row: Any) -> dict[str, Any]:
-    if not isinstance(row, Mapping) or set(row) != set(FIELDS):
-        fields = sorted(row) if isinstance(row, Mapping) else row
-        raise ValueError(f"a row must have exactly the fields {', '.join(FIELDS)}, got {fields}")
-    for field in ("name", "ours", "peer", "unit", "detail"):
-        if not isinstance(row[field], str) or not (row[field] or field in ("unit", "detail")):
-            raise ValueError(f"{field} must be a text, got {row[field]!r}")
-    if row["better"] not in ("higher", "lower"):
-        raise ValueError(f"better must be 'higher' or 'lower', got {row['better']!r}")
-    if row["ratio"] is None and not row["detail"]:
-        raise ValueError(f"detail must say why {row['name']!r} has no ratio, got ''")
-    target = None if row["target"] is None else _positive("target", row["target"])
-    return {field: row[field] for field in FIELDS} | {"ratio": _plain_ratio(row["ratio"]), "target": target}
-
-
-def _plain_ratio(ratio: Any) -> dict[str, Any] | float | None:
-    if not isinstance(ratio, Ratio):
-        return None if ratio is None else _positive("ratio", ratio)
-    for field in ("lo", "median", "hi"):
-        _positive(f"ratio.{field}", getattr(ratio, field))
-    if not ratio.lo <= ratio.median <= ratio.hi:
-        raise ValueError(f"ratio must have lo <= median <= hi, got {ratio}")
-    return dataclasses.asdict(ratio)
-
-
-def _positive(field: str, value: Any) -> float:
-    number = float(value) if hasattr(value, "__float__") and not isinstance(value, bool) else math.nan
-    if not 0 < number < math.inf:
-        raise ValueError(f"{field} must be a positive and finite number, got {value!r}")
-    return number
-
-
 def problems(folder: Path | None = None) -> list[str]:
-    """Return what is wrong with stored benchmarks, one line each: edited by hand, or a verdict its ratio does not give.
-
-    Args:
-        folder: default ``book/results/bench``.
-    """
+    """Return what is wrong with stored benchmarks, a line each: edited by hand, a verdict its ratio does not give."""
     lines = []
     for path in sorted((folder or committed_results() / "bench").glob("*.json")):
         try:
@@ -267,14 +242,11 @@ def _run_apart(system: str, path: Path, options: Mapping[str, Any], timeout: flo
 
 def _main() -> None:
     """Inside the fresh interpreter: run one file and leave its record."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("path", "out", "options"):
-        parser.add_argument(name)
-    given = parser.parse_args()
+    path, out, options = sys.argv[1:]
     process.one_thread()
-    rows = checked_rows(runpy.run_path(given.path)["run"](**json.loads(given.options)))
+    rows = checked_rows(runpy.run_path(path)["run"](**json.loads(options)))
     record = {"rows": rows, "machine": machine_info(), "roofline": roofline_probe()}
-    write_atomically(given.out, json.dumps(record, allow_nan=False))
+    write_atomically(out, json.dumps(record, allow_nan=False))
 
 
 if __name__ == "__main__":

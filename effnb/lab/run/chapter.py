@@ -9,9 +9,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ import yaml
 from effnb.common import write_atomically
 from effnb.lab.judge.results import check, load_result, result_path
 from effnb.lab.paths import chapter_path, chapters, committed_results, digest, results_root, root
-from effnb.lab.run import process, resume
+from effnb.lab.run import process
 from effnb.lab.run.parameters import injected, parameters_of
-from effnb.lab.run.stale import notebook_hash, stale_parts
+from effnb.lab.run.stale import PROGRESS, RESUME, folder_of, notebook_hash, stale_parts
 
 #: Seconds after which a chapter is stopped, by profile.
 TIMEOUTS = {"smoke": 180, "book": 900, "study": 7200}
@@ -43,7 +43,7 @@ Renderers = Mapping[str, Callable[[str, Path], Any]]
 class RunRecord:
     """How one chapter's run ended: ``status`` is ``ok``, ``failed`` or ``timeout``; ``error`` is the tail of its log.
 
-    ``folder`` holds the executed notebook and, under ``results``, what the run wrote; no other run writes there.
+    No other run writes to the folder of its executed notebook.
     """
 
     system: str
@@ -54,18 +54,13 @@ class RunRecord:
     error: str = ""
 
     @property
-    def folder(self) -> Path:
-        """Where this run alone wrote."""
-        return self.notebook.parent
-
-    @property
     def results(self) -> Path:
-        """Folder with one folder a profile, as ``book/results``."""
-        return self.folder / "results"
+        """What the run wrote: a folder with one folder a profile, as ``book/results``."""
+        return self.notebook.parent / "results"
 
     def discard(self) -> None:
         """Remove the run's folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.notebook.parent, ignore_errors=True)
 
 
 # --- running -------------------------------------------------------------------------------------------------------
@@ -79,7 +74,7 @@ def execute(
     timeout: float | None = None,
     on_progress: Callable[[float], None] | None = None,
 ) -> RunRecord:
-    """Execute one chapter in a worker process.
+    """Execute one chapter in a worker process; return how that ended, also where the notebook fails.
 
     Args:
         system: the chapter.
@@ -89,9 +84,6 @@ def execute(
         timeout: seconds; default by profile. The worker and all that it started are killed after that.
         on_progress: called with the share of the work that is done, from other threads.
 
-    Returns:
-        How the run ended. Nothing is raised for a failing notebook.
-
     Raises:
         ValueError: unknown system, profile or parameter, a value of another type than the chapter's.
     """
@@ -100,24 +92,21 @@ def execute(
     record = RunRecord(system, profile, "ok", 0.0, folder / source.name)
     write_atomically(folder / "parameters.yaml", yaml.safe_dump(values))
     further = {"EFFNB_RESULTS": str(record.results), "EFFNB_PARAMETERS": json.dumps(values)}
-    further[resume.PROGRESS] = str(folder / "progress.json")
+    further[PROGRESS] = str(folder / "progress.json")
     # Set or emptied: a run that is started from a cell of another must not inherit that one's.
-    further[resume.FOLDER] = str(resume.folder_of(system, values)) if profile == "study" else ""
+    further[RESUME] = str(folder_of(system, values)) if profile == "study" else ""
     command = [sys.executable, "-m", "papermill", source, record.notebook, "-f", folder / "parameters.yaml"]
     command += ["--kernel", "python3", "--cwd", root(), "--log-output", "--no-progress-bar"]
-    meter = _Meter(source, system, profile, bool(values), folder / "progress.json", on_progress)
     begun, limit = time.perf_counter(), TIMEOUTS[profile] if timeout is None else timeout
-    with meter:
+    with _meter(source, system, profile, bool(values), folder / "progress.json", on_progress) as read:
         try:
-            code, log = process.call(command, further, root(), limit, meter.read)
+            code, log = process.call(command, further, root(), limit, read)
             status, error = "failed" if code else "ok", _last_words(log) or f"worker ended with code {code}"
         except TimeoutError as expired:
             status, error = "timeout", f"stopped after {limit:g} s\n{_last_words(str(expired))}"
     if status == "ok" and (error := _unfinished(record)):
         status = "failed"
-    if status == "ok":
-        _keep_durations(record)
-    return RunRecord(system, profile, status, time.perf_counter() - begun, record.notebook, error)
+    return replace(record, status=status, seconds=time.perf_counter() - begun, error=error)
 
 
 def _fresh_folder(name: str) -> Path:
@@ -140,7 +129,8 @@ def _last_words(log: str) -> str:
 
 
 def _unfinished(record: RunRecord) -> str:
-    """Return why a run that ended without an error is none that counts, or nothing."""
+    """Return why a run that ended without an error is none that counts; else nothing, and keep its cells' seconds."""
+    took = {}
     for cell in nbformat.read(record.notebook, as_version=4).cells:
         if cell.cell_type != "code" or not cell.source.strip():
             continue
@@ -150,92 +140,65 @@ def _unfinished(record: RunRecord) -> str:
             return f"cell {cell.id!r} left the notebook: {wrong[0].ename}"
         if cell.execution_count is None:
             return f"cell {cell.id!r} was not run"
+        took[cell.id] = cell.metadata["papermill"]["duration"]
     if not result_path(record.system, record.profile, record.results).is_file():
         return "the notebook ran, but wrote no result"
+    write_atomically(_durations_file(record.system, record.profile), json.dumps(took))
     return ""
-
-
-class _Meter:
-    """Turns papermill's log, and what resumable functions tell, into the share of the work that is done.
-
-    Cells count by the seconds that they took in an earlier run, where there was one.
-    """
-
-    def __init__(
-        self,
-        source: Path,
-        system: str,
-        profile: str,
-        injects: bool,
-        told: Path,
-        on_progress: Callable[[float], None] | None,
-    ) -> None:
-        cells = nbformat.read(source, as_version=4).cells
-        took = _durations(system, profile)
-        usual = sum(took.values()) / len(took) if took else 1.0
-        self.weights = [took.get(c.id, usual) if c.cell_type == "code" else 0.0 for c in cells]
-        if injects:  # papermill puts its own cell after the parameters
-            place = next(k for k, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
-            self.weights.insert(place + 1, 0.0)
-        self.told, self.on_progress = told, on_progress
-        self.begun, self.calls_before, self.ended = 0, 0, threading.Event()
-
-    def __enter__(self) -> "_Meter":
-        self.ticker = threading.Thread(target=self._tick, daemon=True)
-        self.ticker.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        self.ticker.join()
-
-    def _tick(self) -> None:
-        while not self.ended.wait(1.0):
-            self.tell()
-
-    def read(self, line: str) -> None:
-        """Take one line of the log; a cell may print what looks like papermill's, so only the next number counts."""
-        found = re.match(r"Executing Cell (\d+)-", line)
-        if found and int(found[1]) == self.begun + 1 and self.begun < len(self.weights):
-            self.begun += 1
-            self.calls_before = self._calls()[0]
-            self.tell()
-
-    def _calls(self) -> tuple[int, int]:
-        try:
-            content = json.loads(self.told.read_text())
-            return int(content["done"]), int(content["calls"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0, 0
-
-    def tell(self) -> None:
-        """Report the share that is done."""
-        if self.on_progress and self.begun:
-            done, calls = self._calls()
-            left = calls - self.calls_before
-            within = min(1.0, (done - self.calls_before) / left) if left > 0 else 0.0
-            whole = sum(self.weights) or 1.0
-            self.on_progress((sum(self.weights[: self.begun - 1]) + within * self.weights[self.begun - 1]) / whole)
 
 
 def _durations_file(system: str, profile: str) -> Path:
     return root() / "_build" / "durations" / profile / f"{system}.json"
 
 
-def _durations(system: str, profile: str) -> dict[str, float]:
-    """Return seconds by cell of the last run of this profile that ended well, else of another."""
-    for name in (profile, "study", "book", "smoke"):
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            content = json.loads(_durations_file(system, name).read_text())
-            return {cell: float(seconds) for cell, seconds in content.items()}
-    return {}
+@contextlib.contextmanager
+def _meter(
+    source: Path, system: str, profile: str, injects: bool, told: Path, on_progress: Callable[[float], None] | None
+) -> Iterator[Callable[[str], None]]:
+    """Yield what reads papermill's log; report the share of work done, by it and by what resumable functions tell.
 
+    Cells count by the seconds that they took in the last run that ended well, of this profile or another.
+    """
+    cells = nbformat.read(source, as_version=4).cells
+    files = (_durations_file(system, name) for name in (profile, "study", "book", "smoke"))
+    took = next((json.loads(file.read_text()) for file in files if file.is_file()), {})
+    usual = sum(took.values()) / len(took) if took else 1.0
+    weights = [took.get(c.id, usual) if c.cell_type == "code" else 0.0 for c in cells]
+    if injects:  # papermill puts its own cell after the parameters
+        place = next(k for k, c in enumerate(cells) if "parameters" in c.metadata.get("tags", []))
+        weights.insert(place + 1, 0.0)
+    begun, before, ended = 0, 0, threading.Event()
 
-def _keep_durations(record: RunRecord) -> None:
-    cells = nbformat.read(record.notebook, as_version=4).cells
-    took = {c.id: (c.metadata.get("papermill") or {}).get("duration") for c in cells if c.cell_type == "code"}
-    took = {cell: seconds for cell, seconds in took.items() if seconds is not None}
-    write_atomically(_durations_file(record.system, record.profile), json.dumps(took))
+    def calls() -> tuple[int, int]:
+        content = json.loads(told.read_text()) if told.is_file() else {"done": 0, "calls": 0}
+        return content["done"], content["calls"]
+
+    def tell() -> None:
+        if on_progress and begun:
+            done, expected = calls()
+            left = expected - before
+            within = min(1.0, (done - before) / left) if left > 0 else 0.0
+            on_progress((sum(weights[: begun - 1]) + within * weights[begun - 1]) / (sum(weights) or 1.0))
+
+    def read(line: str) -> None:
+        nonlocal begun, before
+        found = re.match(r"Executing Cell (\d+)-", line)
+        # A cell may print what looks like papermill's, so only the next number counts.
+        if found and int(found[1]) == begun + 1 and begun < len(weights):
+            begun, before = begun + 1, calls()[0]
+            tell()
+
+    def tick() -> None:
+        while not ended.wait(1.0):
+            tell()
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        yield read
+    finally:
+        ended.set()
+        ticker.join()
 
 
 def execute_all(
@@ -249,17 +212,14 @@ def execute_all(
 ) -> list[RunRecord]:
     """Execute several chapters, ``jobs`` at a time, the longest first; a failing one never stops the others.
 
+    Returns one record a chapter, in the order of ``systems``.
+
     Args:
         systems: the chapters.
-        profile: as in :func:`execute`, as are ``parameters`` and ``timeout``.
-        parameters: further parameters for each.
+        profile: as in :func:`execute`, as are ``parameters`` and ``timeout``, for each.
         jobs: worker processes at a time, >= 1.
-        on_progress: called with (system, share of its work that is done).
+        on_progress: called with (system, share of its work that is done), from other threads.
         on_done: called with each record as it comes.
-        timeout: seconds for each.
-
-    Returns:
-        One record a chapter, in the order of ``systems``.
 
     Raises:
         ValueError: unknown system, profile or parameter, or ``jobs < 1``; nothing has run then.
@@ -268,24 +228,15 @@ def execute_all(
         raise ValueError(f"jobs must be >= 1, got {jobs}")
     for system in systems:
         injected(system, profile, parameters)
-    turn = threading.Lock()
 
     def one(system: str) -> RunRecord:
-        progress = (lambda share: on_progress(system, share)) if on_progress else None
-        record = execute(system, profile, parameters, None, timeout, progress)
-        with turn:
-            if on_done:
-                on_done(record)
-        return record
+        return execute(system, profile, parameters, None, timeout, on_progress and partial(on_progress, system))
 
-    first = sorted(systems, key=lambda s: expected_seconds(s, profile), reverse=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            records = dict(zip(first, pool.map(one, first), strict=True))
-        except BaseException:  # Ctrl-C: without this the pool would wait for the chapters to end
-            pool.shutdown(wait=False, cancel_futures=True)
-            process.stop_all()
-            raise
+    records, first = {}, sorted(systems, key=lambda s: expected_seconds(s, profile), reverse=True)
+    for system, future in process.on_threads(one, first, jobs):
+        records[system] = future.result()
+        if on_done:
+            on_done(records[system])
     return [records[system] for system in systems]
 
 
@@ -295,37 +246,30 @@ def expected_seconds(system: str, profile: str = "book") -> float:
     >>> expected_seconds("no_such_system")
     60.0
     """
-    try:
-        result = load_result(system, profile)
-    except ValueError:
-        result = None
-    return float(result["runtime_s"]) if result else _GUESS.get(profile, 60.0)
+    with contextlib.suppress(ValueError):
+        if result := load_result(system, profile):
+            return float(result["runtime_s"])
+    return _GUESS.get(profile, 60.0)
 
 
 def smoke(systems: Sequence[str]) -> int:
     """Run chapters at smoke scale through nbval, which compares the outputs that must never change.
 
-    Args:
-        systems: the chapters.
-
-    Returns:
-        0 if all passed, pytest's exit code otherwise; 1 if a result breaks a rule or the time is up.
+    Returns 0 if all passed, pytest's exit code otherwise; 1 if a result breaks a rule or the time is up.
 
     Raises:
         ValueError: a chapter has no smoke profile, or its parameters do not fit.
     """
-    sets, folder = {system: injected(system, "smoke") for system in systems}, _fresh_folder("smoke")
-    copies = [folder / chapter_path(system).name for system in systems]
-    for system, copy in zip(systems, copies, strict=True):
-        papermill.execute_notebook(
-            str(chapter_path(system)), str(copy), parameters=sets[system], prepare_only=True, progress_bar=False
-        )
+    sets, folder = {chapter_path(system): injected(system, "smoke") for system in systems}, _fresh_folder("smoke")
+    copies = [folder / source.name for source in sets]
+    for (source, values), copy in zip(sets.items(), copies, strict=True):
+        papermill.execute_notebook(source, copy, parameters=values, prepare_only=True, progress_bar=False)
     command = [sys.executable, "-m", "pytest", "--nbval-lax", "--nbval-cell-timeout=120", "--durations=5"]
     command += ["-p", "no:doctest", "-o", "addopts=", "-q", "-c", os.devnull, "--rootdir", folder, *copies]
-    further = {"EFFNB_RESULTS": str(folder / "results"), "EFFNB_PARAMETERS": "{}", resume.FOLDER: ""}
+    further = {"EFFNB_RESULTS": str(folder / "results"), "EFFNB_PARAMETERS": "{}", RESUME: ""}
     limit = TIMEOUTS["smoke"] * len(systems)
     try:
-        code, _ = process.call(command, further, folder, limit, lambda line: print(line, end="", flush=True))
+        code, _ = process.call(command, further, folder, limit, partial(print, end="", flush=True))
     except TimeoutError:
         code = 1
         print(f"smoke runs were stopped after {limit} s")
@@ -342,12 +286,8 @@ def smoke(systems: Sequence[str]) -> int:
 def deliver(record: RunRecord, render: Renderers | None = None) -> Path:
     """Copy a run's notebook to ``_build/executed`` and, if it ended well, its results to ``_build/results``.
 
-    Args:
-        record: the run.
-        render: draws the cells that show stored results, which stand before the run that they report on.
-
-    Returns:
-        The copy of the notebook.
+    Returns the copy of the notebook, in which ``render`` has drawn anew the cells that show stored results: they stand
+    before the run that they report on.
     """
     target = root() / "_build" / "executed" / record.notebook.name
     if record.status == "timeout" or not record.notebook.is_file():
@@ -355,66 +295,58 @@ def deliver(record: RunRecord, render: Renderers | None = None) -> Path:
     notebook = nbformat.read(record.notebook, as_version=4)
     if record.status == "ok":
         _draw(notebook, record.system, record.results, render or {})
-        _copy_result(record.system, record.profile, record.results, results_root())
+        result = json.loads(result_path(record.system, record.profile, record.results).read_text())
+        _copy_result(record, result, results_root())
     write_atomically(target, nbformat.writes(notebook) + "\n")
     return target
 
 
-def _copy_result(system: str, profile: str, source: Path, target: Path, result: Mapping | None = None) -> list[Path]:
-    """Copy one result with its files, the result last; return what was written. Files that it does not name go."""
-    old, new = result_path(system, profile, source), result_path(system, profile, target)
-    result = json.loads(old.read_text()) if result is None else result
-    pictures = {f"{figure['name']}.svg" for figure in result["figures"]}
-    beside = [Path(system) / name for name in sorted(pictures)]
-    beside += [Path(f"{system}.npz")] if result["units_sha256"] else []
+def _renew(path: Path, data: str | bytes) -> list[Path]:
+    """Write a file unless it holds that already; return the files written."""
+    raw = data.encode() if isinstance(data, str) else data
+    if path.is_file() and path.read_bytes() == raw:
+        return []
+    write_atomically(path, raw)
+    return [path]
+
+
+def _copy_result(record: RunRecord, result: Mapping, target: Path) -> list[Path]:
+    """Copy a run's result with its files, the result last; return what was written. Files that it does not name go."""
+    old, new = (result_path(record.system, record.profile, folder) for folder in (record.results, target))
+    names = sorted(f"{record.system}/{figure['name']}.svg" for figure in result["figures"])
+    names += [f"{record.system}.npz"] if result["units_sha256"] else []
     written = []
-    for name in beside:
-        raw = (old.parent / name).read_bytes()
-        if not (new.parent / name).is_file() or (new.parent / name).read_bytes() != raw:
-            write_atomically(new.parent / name, raw)
-            written.append(new.parent / name)
-    write_atomically(new, json.dumps(result, indent=1) + "\n")
-    left_over = [p for p in new.with_suffix("").glob("*.svg") if p.name not in pictures]
-    for path in left_over + ([] if result["units_sha256"] else [new.with_suffix(".npz")]):
+    for name in names:
+        written += _renew(new.parent / name, (old.parent / name).read_bytes())
+    written += _renew(new, json.dumps(result, indent=1) + "\n")
+    for path in {*new.with_suffix("").glob("*.svg"), new.with_suffix(".npz")} - {new.parent / name for name in names}:
         path.unlink(missing_ok=True)
-    return [*written, new]
+    return written
 
 
 def _draw(notebook: nbformat.NotebookNode, system: str, results: Path, render: Renderers) -> None:
     """Replace the output of each cell that shows stored results by what they are now."""
     for cell in notebook.cells:
-        for tag in cell.metadata.get("tags", []):
-            if tag in render:
-                shown = render[tag](system, results)
-                data = {"text/html": shown._repr_html_(), "text/plain": repr(shown)}
-                count = cell.execution_count
-                cell.outputs = [nbformat.v4.new_output("execute_result", data, execution_count=count)]
-
-
-def _same_code(source: Path, executed: Path) -> None:
-    ran = {cell.id: cell.source for cell in nbformat.read(executed, as_version=4).cells}
-    for cell in nbformat.read(source, as_version=4).cells:
-        if cell.cell_type == "code" and ran.get(cell.id) != cell.source:
-            raise ValueError(
-                f"{executed.name}: cell {cell.id!r} is not the one of {source.name}: run the chapter again"
-            )
+        for tag in render.keys() & set(cell.metadata.get("tags", [])):
+            shown = render[tag](system, results)
+            data = {"text/html": shown._repr_html_(), "text/plain": repr(shown)}
+            cell.outputs = [nbformat.v4.new_output("execute_result", data, execution_count=cell.execution_count)]
 
 
 def normalized(source: Path, executed: Path) -> nbformat.NotebookNode:
-    """Return the source notebook with the executed copy's outputs, and nothing that changes from run to run.
-
-    Args:
-        source: the committed notebook.
-        executed: papermill's output for it, with the same cell ids.
+    """Return a committed notebook with the outputs of papermill's copy, and nothing that changes from run to run.
 
     Raises:
         ValueError: a code cell of the source is missing in the executed copy or was run from another source.
     """
-    _same_code(source, executed)
     notebook = nbformat.read(source, as_version=4)
     ran = {cell.id: cell for cell in nbformat.read(executed, as_version=4).cells}
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for count, cell in enumerate(code, start=1):
+        if cell.id not in ran or ran[cell.id].source != cell.source:
+            raise ValueError(
+                f"{executed.name}: cell {cell.id!r} is not the one of {source.name}: run the chapter again"
+            )
         cell.execution_count, cell.outputs = count, ran[cell.id].outputs
         for output in cell.outputs:
             output.pop("transient", None)
@@ -429,13 +361,8 @@ def normalized(source: Path, executed: Path) -> nbformat.NotebookNode:
 
 def outputs_digest(notebook: nbformat.NotebookNode) -> str:
     """Return the digest of all outputs, text and figures, but those of cells that show stored results."""
-    return digest(
-        [
-            [cell.id, cell.outputs]
-            for cell in notebook.cells
-            if cell.cell_type == "code" and not STORED & set(cell.metadata.get("tags", []))
-        ]
-    )
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return digest([[cell.id, cell.outputs] for cell in code if not STORED & set(cell.metadata.get("tags", []))])
 
 
 def update(record: RunRecord, render: Renderers) -> list[Path]:
@@ -444,66 +371,42 @@ def update(record: RunRecord, render: Renderers) -> list[Path]:
     A ``book`` run refreshes all outputs, normalised; a ``study`` run only the cells that show stored results. A result
     that differs only in time, machine or commit is kept, so a run that changes nothing gives no diff. The result is
     written first and names the outputs that belong to it: a kill before the notebook is written shows in
-    :func:`misfits`.
-
-    Args:
-        record: a run at ``book`` or ``study`` that ended well.
-        render: draws the cells that show stored results.
-
-    Returns:
-        The files that changed.
+    :func:`misfits`. Returns the files that changed.
 
     Raises:
-        ValueError: a smoke run or one that failed, other parameters than the profile's, or a notebook that has changed
-            since.
+        ValueError: a smoke run or one that failed, other parameters than the profile's, a notebook that has changed.
     """
     system, profile, source = record.system, record.profile, chapter_path(record.system)
     if profile == "smoke" or record.status != "ok":
         raise ValueError(f"{system}: only whole runs at book or study can be published, got {profile}, {record.status}")
-    new = load_result(system, profile, record.results)
-    if new["key"]["parameters"] != parameters_of(system, profile):
+    new, own = load_result(system, profile, record.results), parameters_of(system, profile)
+    if new["key"]["parameters"] != own:
         raise ValueError(f"{system}: measured with other parameters than those of {profile}: run the chapter again")
-    _same_code(source, record.notebook)
+    notebook = normalized(source, record.notebook)
     if new["key"]["notebook"] != notebook_hash(source):
         raise ValueError(f"{system}: the notebook was changed while it ran: run the chapter again")
-    notebook, shown = nbformat.read(source, as_version=4), None
-    if profile == "book":
-        notebook = normalized(source, record.notebook)
-        shown = outputs_digest(notebook)
-    new = {k: v for k, v in new.items() if k != "digest"} | {"outputs_sha256": shown}
-    old_path = result_path(system, profile, committed_results())
-    old = json.loads(old_path.read_text()) if old_path.is_file() else {}
-    changed = []
-    if any(new[k] != old.get(k) for k in new if k not in _VOLATILE):
-        changed = _copy_result(system, profile, record.results, committed_results(), new | {"digest": digest(new)})
-    changed += _write_drawn(source, notebook, system, render)
+    new = {k: v for k, v in new.items() if k != "digest"} | {"outputs_sha256": outputs_digest(notebook)}
     if profile == "study":
-        shutil.rmtree(resume.folder_of(system, parameters_of(system, profile)), ignore_errors=True)
+        notebook, new["outputs_sha256"] = nbformat.read(source, as_version=4), None
+    committed, changed = result_path(system, profile, committed_results()), []
+    old = json.loads(committed.read_text()) if committed.is_file() else {}  # it may break today's rules
+    if any(new[k] != old.get(k) for k in new if k not in _VOLATILE):
+        changed = _copy_result(record, new | {"digest": digest(new)}, committed_results())
+    changed += redraw(system, render, notebook)
+    if profile == "study":
+        shutil.rmtree(folder_of(system, own), ignore_errors=True)
     return changed
 
 
-def _write_drawn(source: Path, notebook: nbformat.NotebookNode, system: str, render: Renderers) -> list[Path]:
+def redraw(system: str, render: Renderers, notebook: nbformat.NotebookNode | None = None) -> list[Path]:
+    """Bring a chapter's cells that show stored results up to date; return its path if anything changed."""
+    notebook = notebook or nbformat.read(chapter_path(system), as_version=4)
     _draw(notebook, system, committed_results(), render)
-    text = nbformat.writes(notebook) + "\n"
-    if source.read_text() == text:
-        return []
-    write_atomically(source, text)
-    return [source]
-
-
-def redraw(system: str, render: Renderers) -> list[Path]:
-    """Bring the cells that show stored results up to date; return the notebook if it changed."""
-    source = chapter_path(system)
-    return _write_drawn(source, nbformat.read(source, as_version=4), system, render)
+    return _renew(chapter_path(system), nbformat.writes(notebook) + "\n")
 
 
 def misfits(systems: Sequence[str], render: Renderers) -> list[str]:
-    """Return the committed notebooks that do not show what the committed results say, one line each.
-
-    Args:
-        systems: the chapters.
-        render: draws the cells that show stored results.
-    """
+    """Return the committed notebooks that do not show what the committed results say, one line each."""
     lines = []
     for system in systems:
         source = chapter_path(system)
@@ -528,15 +431,12 @@ def stale(systems: Sequence[str] | None = None, profile: str = "book") -> dict[s
 
     Nobody has to have run a study: at that profile a chapter without a result is none of them.
     """
-    found = {}
-    for system in chapters() if systems is None else systems:
-        result = load_result(system, profile)
-        if result or profile == "book":
-            found[system] = stale_parts(system, result)
+    results = {system: load_result(system, profile) for system in (chapters() if systems is None else systems)}
+    found = {system: stale_parts(system, result) for system, result in results.items() if result or profile == "book"}
     return {system: parts for system, parts in found.items() if parts}
 
 
-def clean(profile: str = "book") -> None:
-    """Remove executed notebooks and results of earlier runs of ``profile`` under ``_build``."""
-    for folder in (root() / "_build" / "executed", results_root() / profile):
+def clean() -> None:
+    """Remove executed notebooks and book results of earlier runs under ``_build``."""
+    for folder in (root() / "_build" / "executed", results_root() / "book"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,5 +1,6 @@
 """One function over many items: on processes of this machine by joblib, or on a Ray cluster that is running already."""
 
+import contextlib
 import os
 import pickle
 import socket
@@ -7,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -28,20 +28,17 @@ def fan_out(
 ) -> list[object]:
     """Call ``function`` on each item, in parallel; return results or exceptions in the order of the items.
 
-    An item that raises, or kills its process, costs only itself: its place holds the exception. ``function`` and the
-    items must be picklable; every process has one thread.
+    An item that raises, or kills its process, costs only itself: its place holds the exception. Every process has one
+    thread.
 
     Args:
-        function: of one item.
+        function: of one item; picklable.
         items: any picklable values.
         jobs: processes at a time, >= 1; a Ray cluster schedules by its own CPUs instead.
         ray_address: ``"host:port"`` or ``"ray://host:port"`` of a running cluster, or ``"auto"``; default processes of
             this machine. A head on the loopback address alone (``ray start --head --node-ip-address=127.0.0.1`` with
             ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0``) is named by that address.
         on_done: called in this process with (index, result or exception) as each item ends, in no fixed order.
-
-    Returns:
-        One result or exception an item.
 
     Raises:
         ValueError: if ``jobs < 1``, ``function`` cannot be pickled, or no cluster answers at ``ray_address``.
@@ -73,43 +70,31 @@ def fan_out(
 
 def _on_processes(function: Callable, items: Sequence, jobs: int, done: OnDone) -> None:
     """Work through the items; those in flight when a process died are tried again, each by itself."""
-    waiting, suspects = list(range(len(items))), []
-    while waiting or suspects:
-        # One by one first: a death then names its item, and the others go on together.
-        chosen = suspects[:1] or waiting
-        left = _until_broken(function, items, 1 if suspects else jobs, chosen, done)
-        if suspects:
-            if left:
-                died = RuntimeError("the process of this item died (killed, out of memory or crashed)")
-                done(suspects[0], died)
-            del suspects[0]
-        else:
-            begun = [index for index, in_flight in left.items() if in_flight]
-            suspects, waiting = begun, [index for index in left if index not in begun]
 
-
-def _until_broken(
-    function: Callable, items: Sequence, jobs: int, chosen: Sequence[int], done: OnDone
-) -> dict[int, bool]:
-    """Work on chosen items; if a process dies, return those without outcome, and whether each had been begun."""
-    left = dict.fromkeys(chosen, False)
-
-    def tasks() -> Iterator:
-        for index in chosen:
+    def tasks(left: dict[int, bool]) -> Iterator:
+        for index in list(left):
             left[index] = True
             yield delayed(_numbered)(index, function, items[index])
 
-    # Never one process, which joblib would take to be this one; no more than `jobs` items are in flight, so that a
-    # death leaves few suspects.
-    with parallel_config("loky", inner_max_num_threads=1):
-        pool = Parallel(max(2, jobs), return_as="generator_unordered", pre_dispatch=jobs, batch_size=1)
-        try:
-            for index, outcome in pool(tasks()):
+    waiting, suspects = list(range(len(items))), []
+    while waiting or suspects:
+        # One by one first: a death then names its item, and the others go on together.
+        alone = suspects[:1]
+        at_once = 1 if alone else jobs
+        left = dict.fromkeys(alone or waiting, False)  # what has no outcome yet, and whether it has been begun
+        # Never one process, which joblib would take to be this one; few items in flight, for a death leaves suspects.
+        with parallel_config("loky", inner_max_num_threads=1), contextlib.suppress(BrokenExecutor):
+            pool = Parallel(max(2, at_once), return_as="generator_unordered", pre_dispatch=at_once, batch_size=1)
+            for index, outcome in pool(tasks(left)):
                 del left[index]
                 done(index, outcome)
-        except BrokenExecutor:
-            pass
-    return left
+        if alone:
+            suspects = suspects[1:]
+            if left:
+                done(alone[0], RuntimeError("the process of this item died (killed, out of memory or crashed)"))
+        else:
+            suspects = [index for index, begun in left.items() if begun]
+            waiting = [index for index, begun in left.items() if not begun]
 
 
 def _numbered(index: int, function: Callable, item: object) -> tuple[int, object]:
@@ -132,12 +117,20 @@ def _guarded(function: Callable, item: object) -> object:
         return error
 
 
-# --- Ray -------------------------------------------------------------------------------------------------------------
-
-
 def _on_ray(function: Callable, items: Sequence, address: str, done: OnDone) -> None:
-    """Run one Ray task an item on a cluster that is already up; leave the cluster as it was."""
-    with _connected(address) as ray:
+    """Run one Ray task an item on a cluster that is already up; leave it, and a connection that exists, as they were.
+
+    Raises:
+        ImportError: ray is not installed.
+        ValueError: no cluster answers there.
+    """
+    try:
+        ray = _import_ray(address)
+        if mine := not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"ray_address {address!r}: no Ray cluster answers there ({error})") from error
+    try:
         task = ray.remote(num_cpus=1, max_retries=1)(_portable(ray.cloudpickle.dumps(function)))
         running = {task.remote(ray.cloudpickle.dumps(item)): index for index, item in enumerate(items)}
         while running:
@@ -147,12 +140,15 @@ def _on_ray(function: Callable, items: Sequence, address: str, done: OnDone) -> 
             except Exception as error:
                 outcome = error
             done(running.pop(ref), outcome)
+    finally:
+        if mine:
+            ray.shutdown()
 
 
 def _portable(payload: bytes) -> Callable[[bytes], bytes]:
     """Return a function for a process that cannot import effnb yet; bytes in, bytes out.
 
-    Ray ships it by value; it takes over this process's import path, and unpickles the pickled function only then.
+    Ray ships it by value; it takes over this process's import path, and only then unpickles the pickled function.
     """
     folders = [str(Path(__file__).resolve().parents[3]), *filter(None, sys.path)]
 
@@ -170,16 +166,11 @@ def _portable(payload: bytes) -> Callable[[bytes], bytes]:
 
 
 def _import_ray(address: str) -> ModuleType:
-    """Return the module ray, set up for where the head listens.
-
-    Raises:
-        ImportError: ray is not installed; the message names the extra.
-        ConnectionError: nothing listens at ``host:port``; ray itself would go on trying for minutes.
-    """
+    """Return the module ray, set up for where the head listens."""
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     if port.isdecimal() and "/" not in host:
-        if not _listens(host, int(port)):
+        if not _listens(host, int(port)):  # ray itself would go on trying for minutes
             raise ConnectionError(f"nothing listens at {address}")
         if host in _LOOPBACK and not _listens(_outer_address(), int(port)):
             # Ray replaces 127.0.0.1 by the machine's outer address, where such a head does not listen, unless it is
@@ -208,25 +199,3 @@ def _outer_address() -> str:
             return probe.getsockname()[0]
         except OSError:
             return socket.gethostbyname(socket.gethostname())
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[ModuleType]:
-    """Connect to a running cluster; a connection that exists already is used and left open.
-
-    Raises:
-        ImportError: ray is not installed.
-        ValueError: no cluster answers there.
-    """
-    try:
-        ray = _import_ray(address)
-        mine = not ray.is_initialized()
-        if mine:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"ray_address {address!r}: no Ray cluster answers there ({error})") from error
-    try:
-        yield ray
-    finally:
-        if mine:
-            ray.shutdown()

@@ -5,6 +5,7 @@ type than the chapter's, is refused before anything runs.
 """
 
 import ast
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,7 @@ from effnb.lab.paths import chapter_path, root
 
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
 _KINDS = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict}
-_MOST_SEEDS = 10_000
-_SEED_LIMIT = 2**32
+_MOST_SEEDS, _SEED_LIMIT = 10_000, 2**32
 
 
 class Known(NamedTuple):
@@ -30,37 +30,26 @@ class Known(NamedTuple):
     default: Any
 
 
-# --- what a chapter knows ------------------------------------------------------------------------------------------
-
-
 def known(system: str) -> dict[str, Known]:
     """Return the parameters of a chapter, as its parameters cell declares them.
 
     Raises:
-        ValueError: unknown system, or a notebook without a cell tagged ``parameters``.
+        ValueError: unknown system, or a notebook without a cell tagged ``parameters`` that declares some: a profile
+            would change nothing.
 
     >>> known("avagrad")["epochs"].kind
     'int'
     """
-    return inspected(chapter_path(system))
-
-
-def inspected(notebook: Path) -> dict[str, Known]:
-    """Return the parameters that a notebook declares.
-
-    Raises:
-        ValueError: it has no cell tagged ``parameters``, or none that can be read: a profile would change nothing.
-    """
     import papermill  # here: every kernel imports this module for its staleness key, and papermill takes long
 
-    found = papermill.inspect_notebook(str(notebook))
-    if not found:
+    notebook = chapter_path(system)
+    if not (found := papermill.inspect_notebook(str(notebook))):
         raise ValueError(f"{notebook.name} must have a cell with the tag 'parameters' that declares some")
     return {name: _known(about["inferred_type_name"], about["default"]) for name, about in found.items()}
 
 
-def arguments(path: Path, function: str = "run") -> dict[str, Known]:
-    """Return the arguments of a function in a file that is not imported, in the form of :func:`known`.
+def arguments(path: Path) -> dict[str, Known]:
+    """Return the arguments of the function ``run`` in a file that is not imported, in the form of :func:`known`.
 
     Raises:
         ValueError: the file has no such function, or is no Python.
@@ -69,15 +58,13 @@ def arguments(path: Path, function: str = "run") -> dict[str, Known]:
         body = ast.parse(path.read_text()).body
     except SyntaxError as error:
         raise ValueError(f"{path.name}, line {error.lineno}: {error.msg}") from None
-    for node in body:
-        if isinstance(node, ast.FunctionDef) and node.name == function:
-            every = [*node.args.args, *node.args.kwonlyargs]
-            defaults = [*[None] * (len(node.args.args) - len(node.args.defaults)), *node.args.defaults]
-            defaults += node.args.kw_defaults
-            texts = [[ast.unparse(part) if part else "" for part in (a.annotation, d)]
-                     for a, d in zip(every, defaults, strict=True)]  # fmt: skip
-            return {a.arg: _known(*text) for a, text in zip(every, texts, strict=True)}
-    raise ValueError(f"{path.name} must have a function {function}()")
+    found = [node.args for node in body if isinstance(node, ast.FunctionDef) and node.name == "run"]
+    if not found:
+        raise ValueError(f"{path.name} must have a function run()")
+    (*_, its) = found
+    required = [None] * (len(its.args) - len(its.defaults))
+    pairs = zip([*its.args, *its.kwonlyargs], [*required, *its.defaults, *its.kw_defaults], strict=True)
+    return {a.arg: _known(*(ast.unparse(node) if node else "" for node in (a.annotation, d))) for a, d in pairs}
 
 
 def _known(kind: str, default: str) -> Known:
@@ -90,12 +77,9 @@ def _known(kind: str, default: str) -> Known:
 
 
 def checked(values: Mapping[str, Any], declared: Mapping[str, Known], where: str) -> dict[str, Any]:
-    """Return the values, whole numbers for ``float`` parameters as floats.
+    """Return name to value as ``declared`` (see :func:`known`), whole numbers for ``float`` parameters as floats.
 
-    Args:
-        values: name to value.
-        declared: what there is, see :func:`known`.
-        where: whose parameters, for messages.
+    ``where`` says whose parameters they are, for messages.
 
     Raises:
         ValueError: a name that is not declared, or a value of another type than the declared one.
@@ -110,9 +94,8 @@ def checked(values: Mapping[str, Any], declared: Mapping[str, Known], where: str
     found = {}
     for name, value in values.items():
         if name not in declared:
-            raise ValueError(
-                f"parameters of {where} must be among {sorted(declared)}, got {name!r}; {near(name, list(declared))}"
-            )
+            hint = near(name, list(declared))
+            raise ValueError(f"parameters of {where} must be among {sorted(declared)}, got {name!r}; {hint}")
         kind, default = declared[name]
         if not _fits(value, kind, default):
             raise ValueError(f"{name} of {where} must be of type {kind}, got {value!r}")
@@ -139,17 +122,11 @@ def _fits(value: Any, kind: str, default: Any) -> bool:
     return not kinds or all(any(_fits(element, k, None) for k in kinds) for element in value)
 
 
-# --- profiles --------------------------------------------------------------------------------------------------------
-
-
 def profiles(system: str) -> dict[str, dict[str, Any]]:
     """Return the parameter sets of one chapter in ``notebooks/profiles.yaml``.
 
     Raises:
         ValueError: the file is no YAML, or the chapter's entry is not a mapping of profiles to parameters.
-
-    >>> "smoke" in profiles("avagrad")
-    True
     """
     path = root() / "notebooks" / "profiles.yaml"
     try:
@@ -158,7 +135,7 @@ def profiles(system: str) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path.name}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path.name}: must map chapters to profiles, got {type(content).__name__}")
-    # One chapter's entry only: a mistake in another must not stop this one.
+    # One entry only: a mistake in another chapter's must not stop this one.
     return validated(dict[str, dict[str, JsonValue]], content.get(system, {}), f"{path.name}: {system}")
 
 
@@ -183,8 +160,7 @@ def injected(system: str, profile: str, further: Mapping[str, Any] | None = None
     """Return everything that is injected into a chapter: the profile's parameters, and ``further`` over them, checked.
 
     Raises:
-        ValueError: as :func:`known`, :func:`parameters_of` and :func:`checked`; a ``profile`` among ``further``, which
-            would publish one profile's figures as another's.
+        ValueError: as in what it calls; a ``profile`` in ``further``: one's figures would be published as another's.
     """
     declared, values = known(system), parameters_of(system, profile)
     if "profile" in (further or {}):
@@ -193,9 +169,6 @@ def injected(system: str, profile: str, further: Mapping[str, Any] | None = None
     if values.get("profile", profile) != profile:
         raise ValueError(f"profiles.yaml: profile of {system} at {profile} must be {profile!r}, its own name")
     return values | checked(further or {}, declared, system)
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
 
 
 def parse_value(text: str) -> Any:
@@ -211,33 +184,27 @@ def parse_value(text: str) -> Any:
     if word.lower() in _WORDS:
         return _WORDS[word.lower()]
     try:
-        value = ast.literal_eval(word)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        if not word or word[0] in "[({'\"":
+        return json.loads(json.dumps(ast.literal_eval(word)))  # papermill has no tuples, and JSON makes lists of them
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
+        if isinstance(error, TypeError) or not word or word[0] in "[({'\"":
             raise ValueError(f"value must be a number, text or a list, got {text!r}") from None
         return word
-    return _plain(value, text)
 
 
-def _plain(value: Any, text: str) -> Any:
-    if isinstance(value, list | tuple):  # papermill has no tuples
-        return [_plain(v, text) for v in value]
-    if isinstance(value, dict):
-        return {str(k): _plain(v, text) for k, v in value.items()}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(f"value must be a number, text or a list, got {text!r}, a {type(value).__name__}")
-
-
-def _assignment(entry: str, form: str) -> tuple[str, str]:
-    name, sign, text = entry.partition("=")
-    if not sign or not name.strip().isidentifier() or not text.strip():
-        raise ValueError(f"a parameter must read {form}, got {entry!r}")
-    return name.strip(), text
+def _assignments(entries: Sequence[str], form: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, _, text = entry.partition("=")
+        if not name.strip().isidentifier() or not text.strip():
+            raise ValueError(f"a parameter must read {form}, got {entry!r}")
+        if name.strip() in found:
+            raise ValueError(f"each parameter must be given once, got {name.strip()!r} twice")
+        found[name.strip()] = text
+    return found
 
 
 def parse_parameters(entries: Sequence[str]) -> dict[str, Any]:
-    """Return the parameters that lines such as ``"eps=1e-2"`` give.
+    """Return the parameters that lines such as ``"eps=1e-2"`` give, values as in :func:`parse_value`.
 
     Raises:
         ValueError: a line of another form, or a name given twice.
@@ -245,13 +212,7 @@ def parse_parameters(entries: Sequence[str]) -> dict[str, Any]:
     >>> parse_parameters(["eps=1e-2", "widths=[8, 16]"])
     {'eps': 0.01, 'widths': [8, 16]}
     """
-    found: dict[str, Any] = {}
-    for entry in entries:
-        name, text = _assignment(entry, "NAME=VALUE")
-        if name in found:
-            raise ValueError(f"each parameter must be given once, got {name!r} twice")
-        found[name] = parse_value(text)
-    return found
+    return {name: parse_value(text) for name, text in _assignments(entries, "NAME=VALUE").items()}
 
 
 def _split(text: str) -> list[str]:
@@ -271,12 +232,9 @@ def _split(text: str) -> list[str]:
 
 
 def parse_grid(entries: Sequence[str]) -> dict[str, list]:
-    """Return the grid that lines such as ``"eps=1e-8,1e-2,1"`` describe; values as in :func:`parse_value`.
+    """Return the grid that lines such as ``"eps=1e-8,1e-2,1"`` describe, values as in :func:`parse_value`.
 
     Where one number of a parameter is a float, all become floats.
-
-    Args:
-        entries: ``NAME=V1,V2,...``, one parameter each.
 
     Raises:
         ValueError: a line of another form, an empty value, or a name given twice.
@@ -285,24 +243,18 @@ def parse_grid(entries: Sequence[str]) -> dict[str, list]:
     {'eps': [1e-08, 0.01, 1.0], 'widths': [[8, 16], [16, 32]], 'norm': ['lagged', 'a,b']}
     """
     grid: dict[str, list] = {}
-    for entry in entries:
-        name, text = _assignment(entry, "NAME=V1,V2,...")
+    for name, text in _assignments(entries, "NAME=V1,V2,...").items():
         parts = _split(text)
-        if not all(part.strip() for part in parts):
-            raise ValueError(f"a parameter must read NAME=V1,V2,..., got {entry!r}")
-        if name in grid:
-            raise ValueError(f"each parameter must be given once, got {name!r} twice")
+        if not all(map(str.strip, parts)):
+            raise ValueError(f"a parameter must read NAME=V1,V2,..., got {name}={text!r}")
         values = [parse_value(part) for part in parts]
-        numbers = all(type(v) in (int, float) for v in values) and any(type(v) is float for v in values)
-        grid[name] = [float(v) for v in values] if numbers else values
+        floats = {type(v) for v in values} == {int, float}
+        grid[name] = [float(v) for v in values] if floats else values
     return grid
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Return the seeds that ``"0-2,5"`` describes.
-
-    Args:
-        text: numbers and ranges ``a-b`` (both ends included), separated by commas.
+    """Return the seeds that numbers and ranges ``a-b`` (both ends included), separated by commas, describe.
 
     Raises:
         ValueError: another form, a range that falls, a seed given twice or over 2^32, more than 10,000 seeds.

@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -73,15 +75,14 @@ def call(
 ) -> tuple[int, str]:
     """Run a command; nothing that it starts outlives it, this call's time or this process.
 
+    Returns its exit code and what it printed, at most the last 20,000 lines, standard error among the output.
+
     Args:
         command: program and arguments.
         further: variables over those of :func:`environment`.
         cwd: folder to run in.
         timeout: seconds; None waits for ever.
         on_line: called with each line as it is printed, from another thread.
-
-    Returns:
-        Exit code and what was printed, at most the last 20,000 lines; standard error goes where output goes.
 
     Raises:
         TimeoutError: the time is up and everything is killed; the message is what was printed until then.
@@ -110,25 +111,33 @@ def call(
                 if on_line:
                     on_line(line)
 
-    reader = threading.Thread(target=read, daemon=True)
+    reader, expired = threading.Thread(target=read, daemon=True), False
     reader.start()
     try:
         keeper.wait(timeout)
     except subprocess.TimeoutExpired:
-        _stop(keeper)
-        reader.join(5)
-        raise TimeoutError("".join(said)) from None
+        expired = True
     finally:
         _stop(keeper)
         _keepers.discard(keeper)
     reader.join(5)
+    if expired:
+        raise TimeoutError("".join(said))
     return keeper.returncode, "".join(said)
 
 
-def stop_all() -> None:
-    """Stop every command that this process runs, with all that they started."""
-    for keeper in list(_keepers):
-        _stop(keeper)
+def on_threads(function: Callable, items: Sequence, jobs: int) -> Iterator[tuple[Any, Future]]:
+    """Call ``function``, which runs commands, on each item; yield each item and its future as it ends."""
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(function, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future
+        except BaseException:  # Ctrl-C: without this the pool would wait for the commands to end
+            pool.shutdown(wait=False, cancel_futures=True)
+            for keeper in list(_keepers):
+                _stop(keeper)
+            raise
 
 
 def _stop(keeper: subprocess.Popen) -> None:

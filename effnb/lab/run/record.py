@@ -14,22 +14,11 @@ import torch
 import effnb
 from effnb.common import check_choice, write_atomically
 from effnb.lab.judge.claims import Claim, ClaimSet, Sample, Unreachable, load, validated
-from effnb.lab.judge.results import (
-    NOT_TESTED,
-    PROFILES,
-    Measurement,
-    Outcome,
-    Result,
-    judge,
-    judge_all,
-    pack_units,
-    result_path,
-)
+from effnb.lab.judge.results import NOT_TESTED, PROFILES, Measurement, Result, judge, judge_all, pack_units, result_path
 from effnb.lab.measure import timing
 from effnb.lab.paths import digest
 from effnb.lab.run.process import git
-from effnb.lab.run.resume import earlier
-from effnb.lab.run.stale import loaded_modules, staleness_key
+from effnb.lab.run.stale import earlier, loaded_modules, staleness_key
 
 _STARTED = time.perf_counter()
 _EMPTY = {"estimate": None, "ci": None, "ci_method": "none", "per_seed": []}
@@ -88,7 +77,7 @@ class Recorder:
         deviations: Sequence[Mapping[str, str]] = (),
         scale: Mapping | None = None,
     ) -> str:
-        """Judge one claim and keep the outcome.
+        """Judge one claim, keep the outcome, and return the verdict, before Holm's correction in a family of claims.
 
         Args:
             claim_id: ``"A1"`` or ``"avagrad/A1"``.
@@ -102,9 +91,6 @@ class Recorder:
             deviations: ``{"what", "why", "expected_effect"}`` against the paper.
             scale: fields of the scale that are particular to this claim.
 
-        Returns:
-            The verdict, before Holm's correction where the claim belongs to a family.
-
         Raises:
             ValueError: a length that does not fit the seeds, non-finite values, conditions other than registered.
         """
@@ -117,25 +103,20 @@ class Recorder:
         )
         seeds = self.seeds if seeds is None else [int(s) for s in seeds]
         for name, sample in found.samples().items():
-            if len(sample.per_seed) != len(seeds):
-                raise ValueError(
-                    f"per_seed of {claim.id}, {name}, must have one value a seed, {len(seeds)}, "
-                    f"got {len(sample.per_seed)}"
-                )
+            if (given := len(sample.per_seed)) != len(seeds):
+                where = f"per_seed of {claim.id}, {name},"
+                raise ValueError(f"{where} must have one value a seed, {len(seeds)}, got {given}")
         outcome = judge(claim, found)
-        self._keep(claim, {"scale": self.scale | dict(scale or {}), "seeds": seeds, "note": note})
-        self.details[claim.id]["deviations"] = [dict(d) for d in deviations]
+        details = {"scale": self.scale | dict(scale or {}), "seeds": seeds, "note": note}
+        self._keep(claim, details | {"deviations": [dict(d) for d in deviations]})
         self.measured[claim.id] = found
         return "smoke" if self.profile == "smoke" else outcome.verdict
 
     def not_tested(self, claim_id: str, reason: str, kind: str = "data") -> str:
-        """Say that a claim could not be tested in this run, and why.
+        """Say that a claim could not be tested in this run, and why, in a sentence.
 
-        Args:
-            claim_id: the claim.
-            reason: a sentence.
-            kind: ``data`` or ``extra`` (not installed here), ``compute`` (beyond this profile), ``precondition``,
-                ``new-evidence``.
+        ``kind`` is ``data`` or ``extra`` (not installed here), ``compute`` (beyond this profile), ``precondition`` or
+        ``new-evidence``.
 
         Raises:
             ValueError: an empty reason, an unknown kind, or the claim is recorded already.
@@ -179,13 +160,9 @@ class Recorder:
         self.tables.append({"name": name, "caption": caption, "columns": list(columns), "rows": cells})
 
     def figure(self, figure: Any, name: str, alt: str, caption: str = "") -> None:
-        """Store a picture as SVG; at the study profile the chapter shows it under *At study scale*.
+        """Store a matplotlib figure as SVG; ``name`` and ``caption`` as in :meth:`table`, as is where it is shown.
 
-        Args:
-            figure: a matplotlib figure.
-            name: lower-case letters, digits and hyphens.
-            alt: what the picture shows, for those who can't see it.
-            caption: a sentence.
+        ``alt`` says what the picture shows, for those who can't see it.
 
         Raises:
             ValueError: no ``alt``.
@@ -198,45 +175,39 @@ class Recorder:
         sha256 = hashlib.sha256(svg).hexdigest()
         self.figures[name] = svg, {"name": name, "alt": alt, "caption": caption, "sha256": sha256}
 
-    def _entry(self, claim: Claim, outcome: Outcome | None) -> dict:
-        details, smoke = self.details[claim.id], self.profile == "smoke"
-        common = {"id": claim.id, "registered_hash": claim.registered_hash, "not_tested": None} | details
-        if outcome is None:
-            nothing = {"conditions": [], "preconditions": [], "as_stated": None}  # pages and comparisons read them
-            return {"measured": _EMPTY, "verdict": "not-tested", "contradicted": False} | nothing | common
-
-        def judged(name: str, found: Any) -> dict:
-            verdict = "smoke" if smoke else found.verdict
-            told = {"contradicted": found.contradicted and not smoke, "note": found.reason}
-            return {"name": name, "measured": found.measured(), "verdict": verdict} | told
-
-        note = [part[0].upper() + part[1:] for part in (outcome.reason, details["note"]) if part]
-        stated = None
-        if outcome.as_stated:
-            stated = judged(claim.as_stated.against or claim.as_stated.metric, outcome.as_stated)
-        elif isinstance(claim.as_stated, Unreachable):
-            reason = claim.as_stated.reason
-            stated = {
-                "name": "as stated",
-                "measured": None,
-                "verdict": "smoke" if smoke else "not-tested",
-                "note": reason,
-            }
-        return common | {
-            "measured": outcome.main.measured(),
-            "conditions": [judged(name, j) for name, j in outcome.conditions.items()],
-            "preconditions": [judged(name, j) for name, j in outcome.preconditions.items()],
-            "as_stated": stated,
-            "verdict": "smoke" if smoke else outcome.verdict,
-            "contradicted": outcome.contradicted and not smoke,
-            "note": ". ".join(note),
-        }
-
     def entries(self) -> dict[str, dict]:
         """Return the entries of all claims recorded so far, judged together."""
-        outcomes = judge_all(self.registered, self.measured)
-        claims = [claim for claim in self.registered.claims if claim.id in self.details]
-        return {claim.id: self._entry(claim, outcomes.get(claim.id)) for claim in claims}
+        outcomes, smoke, found = judge_all(self.registered, self.measured), self.profile == "smoke", {}
+
+        def judged(name: str, of: Any) -> dict:
+            told = {"contradicted": of.contradicted and not smoke, "note": of.reason}
+            return {"name": name, "measured": of.measured(), "verdict": "smoke" if smoke else of.verdict} | told
+
+        for claim in (claim for claim in self.registered.claims if claim.id in self.details):
+            details, outcome = self.details[claim.id], outcomes.get(claim.id)
+            common = {"id": claim.id, "registered_hash": claim.registered_hash, "not_tested": None} | details
+            if outcome is None:
+                nothing = {"conditions": [], "preconditions": [], "as_stated": None}  # pages and comparisons read them
+                untested = {"measured": _EMPTY, "verdict": "not-tested", "contradicted": False}
+                found[claim.id] = untested | nothing | common
+                continue
+            stated = None
+            if outcome.as_stated:
+                stated = judged(claim.as_stated.against or claim.as_stated.metric, outcome.as_stated)
+            elif isinstance(claim.as_stated, Unreachable):
+                stated = {"name": "as stated", "measured": None, "verdict": "smoke" if smoke else "not-tested"}
+                stated["note"] = claim.as_stated.reason
+            note = [part[0].upper() + part[1:] for part in (outcome.reason, details["note"]) if part]
+            found[claim.id] = common | {
+                "measured": outcome.main.measured(),
+                "conditions": [judged(name, j) for name, j in outcome.conditions.items()],
+                "preconditions": [judged(name, j) for name, j in outcome.preconditions.items()],
+                "as_stated": stated,
+                "verdict": "smoke" if smoke else outcome.verdict,
+                "contradicted": outcome.contradicted and not smoke,
+                "note": ". ".join(note),
+            }
+        return found
 
     def result(self) -> dict:
         """Return the whole result record, with its digest.

@@ -1,18 +1,26 @@
-"""The staleness key: everything that a chapter's figures depend on, as hashes; and what changed since a revision."""
+"""The staleness key: all that a chapter's figures depend on, as hashes; work kept under it; changes since a revision.
+
+Finished work of a study lies in a folder named by the key, so a change of anything in it starts afresh; joblib writes a
+result beside its place and renames it, so one whose writing was killed is never read.
+"""
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
+from joblib import Memory
 
 import effnb
+from effnb.common import write_atomically
 from effnb.lab.judge.claims import REGISTERED, Claim, Criterion, validated
 from effnb.lab.judge.results import joined
 from effnb.lab.paths import chapters, digest, root
@@ -21,13 +29,15 @@ from effnb.lab.run.process import git
 
 #: Modules that show and start, but change no figure.
 _NO_FIGURES = ("effnb.lab.publish", "effnb.lab.cli")
+#: Variables by which the runner names a study's folder of finished work, and the file that tells how far a run is.
+RESUME, PROGRESS = "EFFNB_RESUME", "EFFNB_PROGRESS"
+F = TypeVar("F", bound=Callable)
+_SPENT = "spent.json"
+_now = {"done": 0, "calls": 0, "seconds": 0.0, "cpu": 0.0, "inside": False}
 
 
 def notebook_hash(path: Path) -> str:
-    """Return the digest of the code cells; prose, outputs and metadata do not count.
-
-    Args:
-        path: a notebook.
+    """Return the digest of a notebook's code cells; prose, outputs and metadata do not count.
 
     Raises:
         FileNotFoundError: no such file.
@@ -37,39 +47,29 @@ def notebook_hash(path: Path) -> str:
     return digest(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            value = body[0].value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                node.body = body[1:] or [ast.Pass()]
-    return tree
-
-
-def _source(name: str) -> Path | None:
-    if name.endswith(".py"):
-        return path if (path := root() / name).is_file() else None
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return None
-    return Path(spec.origin) if spec and spec.origin else None
-
-
 def module_hash(name: str) -> str | None:
     """Return the digest of a module's code without comments and docstrings; ``None`` if there is no such module.
 
-    Args:
-        name: dotted name, ``effnb.optim.avagrad``, or the path of a script in the checkout, ``data/score_nas.py``.
+    ``name`` is dotted, ``effnb.optim.avagrad``, or the path of a script in the checkout, ``data/score_nas.py``.
 
     >>> module_hash("effnb.no_such_module") is None
     True
     """
-    path = _source(name)
-    if path is None:
+    path = root() / name
+    if not name.endswith(".py"):
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):
+            spec = None
+        path = Path(spec.origin) if spec and spec.origin else None
+    if path is None or not path.is_file():
         return None
-    return hashlib.sha256(ast.dump(_without_docstrings(ast.parse(path.read_text()))).encode()).hexdigest()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        match getattr(node, "body", None):
+            case [ast.Expr(value=ast.Constant(value=str())), *rest]:
+                node.body = rest or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 def loaded_modules() -> list[str]:
@@ -98,13 +98,8 @@ def all_modules() -> list[str]:
 def staleness_key(system: str, modules: Iterable[str], parameters: Mapping | None = None) -> dict:
     """Return what a result depends on: notebook, parameters, modules, lock file and Python's minor version.
 
-    Args:
-        system: the chapter.
-        modules: names of the ``effnb`` modules that the run loaded.
-        parameters: injected parameters; default those of the running process, ``$EFFNB_PARAMETERS``.
-
-    Returns:
-        A JSON-ready dictionary; two equal keys mean that the figures need no new run.
+    Two equal keys mean that the figures need no new run. ``modules`` are those that the run loaded; ``parameters`` what
+    was injected, by default into the running process, ``$EFFNB_PARAMETERS``.
     """
     if parameters is None:
         parameters = json.loads(os.environ.get("EFFNB_PARAMETERS", "{}"))
@@ -123,10 +118,6 @@ def stale_parts(system: str, result: Mapping | None) -> list[str]:
 
     Parameters count as changed where they are not those of the result's profile.
 
-    Args:
-        system: the chapter.
-        result: its result record, or ``None`` if it was never run.
-
     >>> stale_parts("avagrad", None)
     ['never run']
     """
@@ -144,59 +135,117 @@ def stale_parts(system: str, result: Mapping | None) -> list[str]:
     return changed + [name for name, value in new["modules"].items() if value != old["modules"][name]]
 
 
+# --- work that a cut-off study need not do again -------------------------------------------------------------------
+
+
+def folder_of(system: str, parameters: Mapping[str, Any]) -> Path:
+    """Return where finished work of a chapter with these parameters and today's code is kept.
+
+    >>> folder_of("avagrad", {"epochs": 1}) == folder_of("avagrad", {"epochs": 2})
+    False
+    """
+    key = digest(staleness_key(system, all_modules(), parameters))
+    return root() / "_build" / "resume" / system / key[:16]
+
+
+def resumable(function: F | None = None, *, calls: int | None = None) -> F:
+    """Make a function keep its results through a study that is cut off; elsewhere return the function as it is.
+
+    What it returns must follow from its arguments and the chapter's parameters alone, and be picklable as they are:
+    one seed, or one arm of one seed, is a good piece. Works for functions of notebook cells, and as a decorator.
+
+    Args:
+        function: what to keep the results of.
+        calls: how often the run will call it, for the time that remains.
+
+    >>> resumable(abs)(-2)
+    2
+    """
+    if function is None:
+        return functools.partial(resumable, calls=calls)
+    if not (folder := os.environ.get(RESUME)):
+        return function
+    kept = Memory(folder, verbose=0).cache(function)
+    _now["calls"] += calls or 0
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        known, begun = kept.check_call_in_cache(*args, **kwargs), (time.perf_counter(), time.process_time())
+        outer, _now["inside"] = not _now["inside"], True
+        try:
+            found = kept(*args, **kwargs)
+        finally:
+            _now["inside"] = not outer
+        if outer and not known:
+            before = earlier()
+            _now["seconds"] += time.perf_counter() - begun[0]
+            _now["cpu"] += time.process_time() - begun[1]
+            spent = {"seconds": before[0] + _now["seconds"], "cpu": before[1] + _now["cpu"]}
+            write_atomically(Path(folder) / _SPENT, json.dumps(spent))
+        if calls:
+            _now["done"] += 1
+            _tell()
+        return found
+
+    _tell()
+    return call
+
+
+def _tell() -> None:
+    if path := os.environ.get(PROGRESS):
+        write_atomically(path, json.dumps({"done": _now["done"], "calls": _now["calls"]}))
+
+
+@functools.cache
+def earlier() -> tuple[float, float]:
+    """Return the seconds and CPU seconds that cut-off runs before this process spent on what is now read from disk."""
+    folder = os.environ.get(RESUME)
+    try:
+        spent = json.loads((Path(folder) / _SPENT).read_text()) if folder else {}
+        return float(spent.get("seconds", 0)), float(spent.get("cpu", 0))
+    except (OSError, ValueError):
+        return 0.0, 0.0
+
+
 # --- since a revision ----------------------------------------------------------------------------------------------
 
 
 def diff(revision: str) -> list[str]:
     """Return what changed in claims and committed verdicts since a git revision, one line a change.
 
-    Args:
-        revision: anything that git resolves to a commit.
-
     Raises:
-        ValueError: git does not know ``revision``, or is not there.
+        ValueError: git can't resolve ``revision`` to a commit, or is not there.
     """
     if git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}") is None:
         raise ValueError(f"revision must be one that git knows, got {revision!r}")
     rows, studies = joined(), {row["claim"].id: row["entry"] for row in joined(profile="study")}
+    listed = (git("ls-tree", "--name-only", f"{revision}:book/claims") or "").splitlines()
     lines = []
-    for system in sorted({row["system"] for row in rows} | set(_systems_at(revision))):
+    for system in sorted({row["system"] for row in rows} | {n.removesuffix(".yaml") for n in listed if ".yaml" in n}):
         now = {row["claim"].id: row for row in rows if row["system"] == system}
-        then = _claims_in(git("show", f"{revision}:book/claims/{system}.yaml"))
+        then = _by_id(git("show", f"{revision}:book/claims/{system}.yaml"), yaml.safe_load)
         today = root() / "book" / "claims" / f"{system}.yaml"
-        raw = _claims_in(today.read_text() if today.is_file() else None)
-        was = {p: _verdicts_in(git("show", f"{revision}:book/results/{p}/{system}.json")) for p in ("book", "study")}
-        for ident in [*now, *(i for i in then if i not in now)]:
+        raw = _by_id(today.read_text() if today.is_file() else None, yaml.safe_load)
+        was = {p: _by_id(git("show", f"{revision}:book/results/{p}/{system}.json")) for p in ("book", "study")}
+        for ident in dict.fromkeys([*now, *then]):
             if ident not in now or ident not in then:
                 lines.append(f"{ident}: {'new claim' if ident in now else 'claim removed'}")
             else:
                 lines += [f"{ident}: {change}" for change in _changes(then[ident], raw[ident])]
             entries = {"book": now[ident]["entry"] if ident in now else None, "study": studies.get(ident)}
             for profile, entry in entries.items():
-                old, new = was[profile].get(ident, "none"), entry["verdict"] if entry else "none"
+                old, new = ((e or {}).get("verdict", "none") for e in (was[profile].get(ident), entry))
                 if old != new:
                     lines.append(f"{ident}: {old} -> {new}{', at study scale' * (profile == 'study')}")
     return lines
 
 
-def _systems_at(revision: str) -> list[str]:
-    listed = git("ls-tree", "--name-only", f"{revision}:book/claims") or ""
-    return [Path(name).stem for name in listed.splitlines() if name.endswith(".yaml")]
-
-
-def _claims_in(text: str | None) -> dict[str, dict]:
-    """Return the claims of a file by id, untyped: an older file may break today's rules."""
+def _by_id(text: str | None, parse: Callable = json.loads) -> dict[str, dict]:
+    """Return the claims or entries of a file by id, untyped: an older file may break today's rules."""
     try:
-        found = (yaml.safe_load(text or "") or {}).get("claims", [])
-        return {claim["id"]: claim for claim in found}
-    except (yaml.YAMLError, AttributeError, TypeError, KeyError):
-        return {}
-
-
-def _verdicts_in(text: str | None) -> dict[str, str]:
-    try:
-        return {ident: entry["verdict"] for ident, entry in json.loads(text or "{}").get("claims", {}).items()}
-    except (ValueError, AttributeError, TypeError, KeyError):
+        found = parse(text or "{}")["claims"]
+        return dict(found) if isinstance(found, dict) else {claim["id"]: claim for claim in found}
+    except (yaml.YAMLError, ValueError, TypeError, KeyError):
         return {}
 
 

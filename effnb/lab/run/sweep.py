@@ -6,13 +6,10 @@ import json
 import math
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import matplotlib as mpl
@@ -24,7 +21,7 @@ from effnb.common import write_atomically
 from effnb.lab.judge import stats
 from effnb.lab.judge.results import result_path
 from effnb.lab.measure import plot
-from effnb.lab.paths import chapter_path, digest, root
+from effnb.lab.paths import chapter_path, chapters, digest, root
 from effnb.lab.run import chapter, process
 from effnb.lab.run.fanout import fan_out
 from effnb.lab.run.parameters import checked, injected, known
@@ -61,30 +58,27 @@ class Cell:
 def run_cell(cell: Cell) -> dict:
     """Execute one cell in a folder of its own; return its result, its notebook and how it ended.
 
-    Returns:
-        ``status`` (``ok``, ``failed`` or ``timeout``), ``seconds``, ``error``, ``result`` (the chapter's result record,
-        None if it failed) and ``executed`` (the notebook's text, empty if there is none).
+    ``status``, ``seconds`` and ``error`` are those of :class:`~effnb.lab.run.chapter.RunRecord`, ``result`` is the
+    chapter's record, None if it failed, ``executed`` the notebook's text, empty if there is none.
 
     Raises:
         RuntimeError: if this machine's checkout has another version of the chapter.
     """
     for name, value in cell.environment.items():
         os.environ.setdefault(name, value)
-    try:
-        fits = notebook_hash(chapter_path(cell.system)) == cell.notebook
-    except ValueError:
-        fits = False
-    if not fits:
+    path = chapters().get(cell.system)
+    if path is None or notebook_hash(path) != cell.notebook:
         raise RuntimeError(f"the checkout {root()} has no or another version of the chapter {cell.system}")
     with tempfile.TemporaryDirectory(prefix="effnb-sweep-", ignore_cleanup_errors=True) as folder:
         record = chapter.execute(cell.system, cell.profile, cell.further, Path(folder), cell.timeout)
         written = result_path(cell.system, cell.profile, record.results)
-        result = json.loads(written.read_text()) if record.status == "ok" else None
-        executed = record.notebook.read_text() if record.notebook.is_file() else ""
-    return {"status": record.status, "seconds": record.seconds, "error": record.error} | {
-        "result": result,
-        "executed": executed,
-    }
+        return {
+            "status": record.status,
+            "seconds": record.seconds,
+            "error": record.error,
+            "result": json.loads(written.read_text()) if record.status == "ok" else None,
+            "executed": record.notebook.read_text() if record.notebook.is_file() else "",
+        }
 
 
 def cells_of(system: str, grid: Mapping[str, list], seeds: Sequence[int], profile: str, timeout: float | None) -> list:
@@ -119,7 +113,7 @@ def sweep(
     timeout: float | None = None,
     on_cell: OnCell | None = None,
 ) -> "SweepTable":
-    """Run a chapter once for each grid cell and seed, and gather the figures with intervals.
+    """Run a chapter once for each grid cell and seed; return the figures with intervals, and the failures.
 
     ``out`` receives ``cells/<key>.json`` as each cell ends, its executed notebook under ``notebooks/``, and at the end
     ``sweep.csv``, ``sweep.parquet``, ``intervals.csv``, ``sweep.svg`` and ``sweep.png``. A cell that ended well is not
@@ -138,9 +132,6 @@ def sweep(
         timeout: seconds after which a cell is stopped; default by profile.
         on_cell: called with (cells ended, cells in all, the record) as each ends.
 
-    Returns:
-        The table; ``failures`` lists the cells that did not end well.
-
     Raises:
         ValueError: an unknown system, profile or parameter, a value of another type, empty or repeated values,
             ``jobs < 1``, no cluster.
@@ -149,86 +140,46 @@ def sweep(
     if jobs < 1:
         raise ValueError(f"jobs must be >= 1, got {jobs}")
     cells, store = cells_of(system, grid, seeds, profile, timeout), Store(out or root() / "_build" / "sweeps" / system)
-    now = _Today(system)
-    records = [now.finished(store.read(f"cells/{cell.key}.json")) for cell in cells]
-    missing = [k for k, record in enumerate(records) if record is None]
-    turn = threading.Lock()
+    today, hash_of = staleness_key(system, (), {}), cache(module_hash)
+    records = {cell.key: _finished(store.read(f"cells/{cell.key}.json"), today, hash_of) for cell in cells}
 
-    def done(k: int, outcome: dict | BaseException) -> None:
-        cell = cells[missing[k]]
+    def done(cell: Cell, outcome: dict | BaseException) -> None:
         if isinstance(outcome, BaseException):
             notes = "\n".join([repr(outcome), *getattr(outcome, "__notes__", [])])
             outcome = {"status": "failed", "seconds": 0.0, "error": notes, "result": None, "executed": ""}
         kept = {k: v for k, v in asdict(cell).items() if k not in ("environment", "timeout")}
         record = {"schema": "effnb-sweep-cell/1", "key": cell.key} | kept | outcome
-        executed = record.pop("executed")
-        with turn:
-            if executed:
-                store.write(f"notebooks/{cell.key}.ipynb", executed.encode())
-            sealed = record | {"digest": digest(record)}
-            store.write(f"cells/{cell.key}.json", json.dumps(sealed, indent=1).encode())
-            records[missing[k]] = record
-            if on_cell:
-                on_cell(sum(r is not None for r in records), len(cells), record)
+        if executed := record.pop("executed"):
+            store.write(f"notebooks/{cell.key}.ipynb", executed.encode())
+        store.write(f"cells/{cell.key}.json", json.dumps(record | {"digest": digest(record)}, indent=1).encode())
+        records[cell.key] = record
+        if on_cell:
+            on_cell(sum(r is not None for r in records.values()), len(cells), record)
 
-    left = [cells[k] for k in missing]
+    left = [cell for cell in cells if records[cell.key] is None]
     if ray_address is None:
-        _on_threads(left, jobs, done)
+        for cell, future in process.on_threads(run_cell, left, jobs):  # threads: each cell has its processes already
+            done(cell, future.exception() or future.result())
     else:
-        fan_out(run_cell, left, jobs, ray_address, done)
-    return tabulate(system, records, store)
+        fan_out(run_cell, left, jobs, ray_address, lambda k, outcome: done(left[k], outcome))
+    return tabulate(system, list(records.values()), store)
 
 
-def _on_threads(cells: Sequence[Cell], jobs: int, done: Callable[[int, object], None]) -> None:
-    """Run cells from threads: each has its processes already."""
-
-    def one(k: int) -> None:
-        try:
-            outcome: object = run_cell(cells[k])
-        except Exception as error:
-            outcome = error
-        done(k, outcome)
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            list(pool.map(one, range(len(cells))))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            process.stop_all()
-            raise
-
-
-class _Today:
-    """Whether stored cells fit today's code; every module is read once."""
-
-    def __init__(self, system: str) -> None:
-        key = staleness_key(system, (), {})
-        self.expected = {part: key[part] for part in ("lock", "python")}
-        self.hashes: dict[str, str | None] = {}
-
-    def finished(self, stored: bytes | None) -> dict | None:
-        """Return a stored cell if it is whole, ended well and nothing it depends on has changed since, else None."""
-        try:
-            record = json.loads(stored or "{}")
-            seal = record.pop("digest")
-            if seal != digest(record) or record["status"] != "ok":
-                return None
-            old = record["result"]["key"]
-            for name in old.get("modules", {}):
-                self.hashes.setdefault(name, module_hash(name))
-            same = all(self.hashes[name] == value for name, value in old.get("modules", {}).items())
-            same = same and all(old[part] == now for part, now in self.expected.items() if part in old)
-            values_of(record["result"])
-            return record if same else None
-        except (ValueError, KeyError, TypeError, AttributeError):  # whatever it is, it is no cell of a sweep
-            return None
+def _finished(stored: bytes | None, today: Mapping, hash_of: Callable[[str], str | None]) -> dict | None:
+    """Return a stored cell if it is whole, ended well and nothing it depends on has changed since, else None."""
+    try:
+        record = json.loads(stored or "{}")
+        whole = record.pop("digest") == digest(record) and record["status"] == "ok"
+        old = record["result"]["key"]
+        same = all(old.get(part, today[part]) == today[part] for part in ("lock", "python"))
+        same = same and all(hash_of(name) == value for name, value in old.get("modules", {}).items())
+        return record if whole and same else None
+    except (ValueError, KeyError, TypeError, AttributeError):  # whatever it is, it is no cell of a sweep
+        return None
 
 
 class Store:
-    """Files below one folder or address that fsspec knows, read and written whole; a reader never sees half of one.
-
-    Args:
-        out: a folder, or an address such as ``"s3://bucket/sweep"`` or ``"memory://sweep"``.
+    """Files below a folder, or an address that fsspec knows such as ``"s3://bucket/sweep"``, read and written whole.
 
     Raises:
         ImportError: if the address needs a package that is not installed, naming it.
@@ -240,27 +191,21 @@ class Store:
 
     def __init__(self, out: str | Path) -> None:
         self.out = str(out).rstrip("/")
-        self.files, self.base = fsspec.core.url_to_fs(self.out) if "://" in self.out else (None, self.out)
+        self.remote = fsspec.get_mapper(self.out) if "://" in self.out else None
 
     def read(self, name: str) -> bytes | None:
         """Return a file's content, or None where there is none."""
-        path = f"{self.base}/{name}"
-        try:
-            return self.files.cat_file(path) if self.files else Path(path).read_bytes()
-        except FileNotFoundError:
-            return None
+        if self.remote is not None:
+            return self.remote.get(name)
+        path = Path(self.out, name)
+        return path.read_bytes() if path.is_file() else None
 
     def write(self, name: str, raw: bytes) -> None:
         """Write a file at once: renamed into place here, sent in one piece elsewhere."""
-        path = f"{self.base}/{name}"
-        if self.files is None:
-            write_atomically(path, raw)
+        if self.remote is not None:
+            self.remote[name] = raw
         else:
-            self.files.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self.files.pipe_file(path, raw)
-
-
-# --- what was measured -----------------------------------------------------------------------------------------------
+            write_atomically(Path(self.out, name), raw)
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,31 +240,18 @@ def values_of(result: Mapping) -> dict[str, float]:
 
     A claim that was measured over more than the seed (timing pairs) gives its estimate; one not tested gives nothing.
 
-    Args:
-        result: a chapter's result record.
-
     >>> values_of({"claims": {"a/A1": {"measured": {"per_seed": [2.0]}}}, "metrics": {"loss": [0.5]}})
     {'loss': 0.5, 'a/A1': 2.0}
     """
-    noted = {name: math.fsum(v) / len(v) for name, v in result.get("metrics", {}).items() if v}
-    found, baselines = {}, {}
+    found = {name: math.fsum(v) / len(v) for name, v in result.get("metrics", {}).items() if v}
+    baselines = {}
     for claim, entry in result.get("claims", {}).items():
-        measured = entry.get("measured") or {}
-        values = measured.get("per_seed") or []
-        if len(values) == 1:
-            found[claim] = values[0]
-        elif values and measured.get("estimate") is not None:
-            found[claim] = measured["estimate"]
+        measured = entry["measured"]
+        if values := measured["per_seed"]:
+            found[claim] = float(values[0] if len(values) == 1 else measured["estimate"])
         if baseline := measured.get("baseline_per_seed"):
             baselines[f"{claim} baseline"] = math.fsum(baseline) / len(baseline)
-    return {name: float(value) for name, value in (noted | found | baselines).items() if value is not None}
-
-
-def _column(values: Sequence[object]) -> list:
-    """Return one parameter's values as a column of one type: all numbers stay, all else becomes text."""
-    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-        return list(values)
-    return [str(v) for v in values]
+    return found | baselines
 
 
 def _label(parameters: Mapping) -> str:
@@ -328,8 +260,20 @@ def _label(parameters: Mapping) -> str:
     return ", ".join(told) or "defaults"
 
 
-def _intervals(tidy: pd.DataFrame, parameters: Sequence[str]) -> pd.DataFrame:
-    """Return mean and 95 % Student interval over seeds for each grid cell and metric, in the order of the sweep."""
+def tabulate(system: str, records: Sequence[Mapping], store: Store) -> SweepTable:
+    """Return the table of all cells, one record each as :func:`sweep` stores them, and write its files to ``store``."""
+    parameters, columns = list(records[0]["parameters"]), {}
+    for name in parameters:  # a column has one type: where not all are numbers, all become text
+        values = [record["parameters"][name] for record in records]
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        columns[name] = values if numbers else [str(v) for v in values]
+    rows = [
+        [system, *(columns[name][k] for name in parameters), record["seed"], metric, value]
+        for k, record in enumerate(records)
+        if record["status"] == "ok"
+        for metric, value in values_of(record["result"]).items()
+    ]
+    tidy = pd.DataFrame(rows, columns=["system", *parameters, "seed", "metric", "value"])
     rows = []
     for names, group in tidy.groupby([*parameters, "metric"], sort=False, dropna=False):
         values = group["value"].to_numpy()
@@ -338,36 +282,17 @@ def _intervals(tidy: pd.DataFrame, parameters: Sequence[str]) -> pd.DataFrame:
             found = stats.paired_t_interval(values)
             mean, lo, hi = found.estimate, found.lo, found.hi
         rows.append([*names, len(values), mean, lo, hi])
-    return pd.DataFrame(rows, columns=[*parameters, "metric", "n", "mean", "lo", "hi"])
-
-
-def tabulate(system: str, records: Sequence[Mapping], store: Store) -> SweepTable:
-    """Return the table of all cells and write its files.
-
-    Args:
-        system: the chapter.
-        records: one a cell, as :func:`sweep` stores them.
-        store: where the files go.
-    """
-    parameters = list(records[0]["parameters"])
-    columns = {name: _column([record["parameters"][name] for record in records]) for name in parameters}
-    rows = [
-        [system, *(columns[name][k] for name in parameters), record["seed"], metric, value]
-        for k, record in enumerate(records)
-        if record["status"] == "ok"
-        for metric, value in values_of(record["result"]).items()
-    ]
-    tidy = pd.DataFrame(rows, columns=["system", *parameters, "seed", "metric", "value"])
+    intervals = pd.DataFrame(rows, columns=[*parameters, "metric", "n", "mean", "lo", "hi"])
     failures = [dict(record) for record in records if record["status"] != "ok"]
-    table = SweepTable(system, parameters, tidy, _intervals(tidy, parameters), failures, store.out)
+    table = SweepTable(system, parameters, tidy, intervals, failures, store.out)
     store.write("sweep.csv", tidy.to_csv(index=False).encode())
-    store.write("intervals.csv", table.intervals.to_csv(index=False).encode())
+    store.write("intervals.csv", intervals.to_csv(index=False).encode())
     try:
         tidy.to_parquet(buffer := io.BytesIO(), index=False)
         store.write("sweep.parquet", buffer.getvalue())
     except ImportError:
         table.notes.append("sweep.parquet was not written: it needs pyarrow (pip install 'effnb[ray]')")
-    if len(table.intervals):
+    if len(intervals):
         for kind, raw in figure(table).items():
             store.write(f"sweep.{kind}", raw)
     return table
@@ -378,18 +303,16 @@ def figure(table: SweepTable) -> dict[str, bytes]:
 
     Combinations of the further parameters are lines; bars are the 95 % intervals, dots the seeds.
     """
-    metrics = list(dict.fromkeys(table.intervals["metric"]))
-    if len(metrics) > PANELS:
-        table.notes.append(f"the figure shows {PANELS} of {len(metrics)} metrics; all are in sweep.csv")
-    metrics = metrics[:PANELS]
+    every = table.intervals["metric"].unique()
+    if len(every) > PANELS:
+        table.notes.append(f"the figure shows {PANELS} of {len(every)} metrics; all are in sweep.csv")
+    metrics = every[:PANELS]
     # For those who can't see it; no date, so that the same figures give the same bytes.
     described = f"{table.system}: {', '.join(metrics)} over {', '.join(table.parameters) or 'seeds'}"
     metadata = {"svg": {"Date": None, "Description": described}, "png": {"Description": described}}
-    found: dict[str, bytes] = {}
+    found, columns, rows = {}, min(2, len(metrics)), math.ceil(len(metrics) / 2)
     with mpl.rc_context():
         plot.style()
-        columns = min(2, len(metrics))
-        rows = math.ceil(len(metrics) / columns)
         canvas = Figure(figsize=(5.0 if columns == 1 else 7.2, 3.1 * rows))
         for k, metric in enumerate(metrics):
             panel(canvas.add_subplot(rows, columns, k + 1), table, metric)
@@ -403,11 +326,9 @@ def panel(axes: Axes, table: SweepTable, metric: str) -> None:
     """Draw one metric into one set of axes."""
     means = table.intervals[table.intervals["metric"] == metric]
     seeds = table.tidy[table.tidy["metric"] == metric]
-    first, rest = (table.parameters[0], table.parameters[1:]) if table.parameters else (None, [])
-    places: dict[Any, float] = {}
+    first, *rest = table.parameters or [None]
     numeric = bool(first) and pd.api.types.is_numeric_dtype(means[first])
-    if first:
-        places = {v: v if numeric else float(k) for k, v in enumerate(dict.fromkeys(means[first]))}
+    places = {v: v if numeric else float(k) for k, v in enumerate(dict.fromkeys(means[first]) if first else ())}
     groups = means.groupby(rest, sort=False, dropna=False) if rest else [((), means)]
     for names, group in groups:
         chosen = seeds[(seeds[rest] == pd.Series(names, index=rest)).all(axis=1)] if rest else seeds

@@ -45,7 +45,7 @@ _TEMPLATES = Environment(
 
 
 def create(name: str, part: str, number: int, title: str | None = None, folder: bool = False) -> list[Path]:
-    """Make the files of a new chapter and its entries; nothing that exists is replaced.
+    """Make the files of a new chapter and its entries; return them. Nothing that exists is replaced.
 
     Args:
         name: the system, lower case with underscores.
@@ -54,16 +54,12 @@ def create(name: str, part: str, number: int, title: str | None = None, folder: 
         title: short title, one line; default from ``name``.
         folder: whether the module is a folder, for a system of several files.
 
-    Returns:
-        The files made or extended.
-
     Raises:
         ValueError: a name or part that Python can't import, a number out of range or taken, a title of several lines.
         FileExistsError: one of the files is there already; none is then made.
     """
     _check(name, part, number, title)
-    title = title or name.replace("_", " ").capitalize()
-    today = datetime.date.today()
+    title, today = title or name.replace("_", " ").capitalize(), datetime.date.today()
     words = {"name": name, "part": part, "number": f"{number:02d}", "title": title, "today": today.isoformat()}
     words |= {"hyphens": name.replace("_", "-"), "verb": f"{name}_value", "key": f"{name}{today.year}placeholder"}
     imports = ["from effnb.lab.measure.timing import paired_ratio", f"from effnb.{part} import {words['verb']}"]
@@ -84,21 +80,23 @@ def create(name: str, part: str, number: int, title: str | None = None, folder: 
         inside = f"effnb.{part}.{name}.{name}"
         start = f'"""PLACEHOLDER: what {name} is."""\n\nfrom {inside} import {words["verb"]}\n'
         texts[f"effnb/{part}/{name}/__init__.py"] = f'{start}\n__all__ = ["{words["verb"]}"]\n'
-    if taken := [
-        path for path in (*texts, f"effnb/{part}/{name}", f"effnb/{part}/{name}.py") if (root() / path).exists()
-    ]:
+    places = (*texts, f"effnb/{part}/{name}", f"effnb/{part}/{name}.py")
+    if taken := [path for path in places if (root() / path).exists()]:
         raise FileExistsError(f"exists already: {', '.join(taken)}")
     # Every entry before any file: a page that can't be extended must stop the whole.
-    api = _TEMPLATES.get_template("api.md.j2").render(words)
+    api, index = f"book/api/{part}.md", "book/api/index.md"
+    head, section = f"# effnb.{part}\n\nPLACEHOLDER: what the part holds.\n", _TEMPLATES.get_template("api.md.j2")
     texts |= {
         "notebooks/profiles.yaml": _old("notebooks/profiles.yaml") + _PROFILES.format(**words),
         "book/references.bib": _old("book/references.bib") + _SOURCE.format(**words, year=today.year),
         "_toc.yml": _contents(_old("_toc.yml"), part, number, f"notebooks/{number:02d}_{name}", title),
         f"effnb/{part}/__init__.py": _part_init(_old(f"effnb/{part}/__init__.py"), part, name),
-        f"book/api/{part}.md": f"{_old(f'book/api/{part}.md') or _api_head(part)}\n{api}",
+        api: f"{_old(api) or head}\n{section.render(words)}",
     }
-    if not (root() / "book" / "api" / f"{part}.md").is_file():
-        texts["book/api/index.md"] = _api_index(_old("book/api/index.md"), part)
+    if not _old(api):
+        rows, row = _old(index).splitlines(), f"| [`effnb.{part}`]({part}.md) | PLACEHOLDER |"
+        at = next((k for k, line in enumerate(rows) if line.startswith("| [`effnb.lab`]")), len(rows))
+        texts[index] = "\n".join([*rows[:at], row, *rows[at:]]) + "\n"
     for target, text in texts.items():
         write_atomically(root() / target, text)
     return [root() / target for target in texts]
@@ -107,9 +105,8 @@ def create(name: str, part: str, number: int, title: str | None = None, folder: 
 def _check(name: str, part: str, number: int, title: str | None) -> None:
     for argument, value in (("name", name), ("part", part)):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", value) or keyword.iskeyword(value) or keyword.issoftkeyword(value):
-            raise ValueError(
-                f"{argument} must be lower case letters, digits and underscores, no word of Python, got {value!r}"
-            )
+            rule = "lower case letters, digits and underscores, no word of Python"
+            raise ValueError(f"{argument} must be {rule}, got {value!r}")
     if part == "lab":
         raise ValueError("part must be a package of methods, got 'lab'")
     if not 1 <= number <= 99:
@@ -166,43 +163,27 @@ def _part_init(old: str, part: str, name: str) -> str:
 
 def _contents(old: str, part: str, number: int, file: str, title: str) -> str:
     """Return the table of contents with the chapter in its part, in order; lines that are there stay as they are."""
-    entry = [f"      - file: {file}", f"        title: {_quoted(f'{number:02d} {title}')}"]
-    lines = old.splitlines()
+    lines, caption = old.splitlines(), PARTS.get(part, part)
     if "parts:" not in lines:
         raise ValueError("_toc.yml must have parts")
-    caption = PARTS.get(part, part)
-    blocks = [k for k, line in enumerate(lines) if line.startswith("  - caption:")] + [len(lines)]
-    place = None
-    for start, end in itertools.pairwise(blocks):
+    entry = [f"      - file: {file}", f"        title: {_quoted(f'{number:02d} {title}')}"]
+    head, place = [f"  - caption: {_quoted(caption)}", "    chapters:"], len(lines)
+    starts = [k for k, line in enumerate(lines) if line.startswith("  - caption:")]
+    for start, end in itertools.pairwise([*starts, len(lines)]):
         numbers = {k: int(m[1]) for k in range(start, end) if (m := re.search(r"notebooks/(\d\d)_", lines[k]))}
         later = [k for k, n in numbers.items() if n > number]
         if yaml.safe_load(lines[start].strip()[2:])["caption"] == caption:
-            place = later[0] if later else end
+            head, place = [], later[0] if later else end
             break
         # A part that is not there yet: before the first part with a later chapter, else after the last with any.
         if later:
-            place, entry = start, [f"  - caption: {_quoted(caption)}", "    chapters:", *entry]
+            place = start
             break
         if numbers:
             place = end
-    else:
-        entry = [f"  - caption: {_quoted(caption)}", "    chapters:", *entry]
-        place = len(lines) if place is None else place
-    lines[place:place] = entry
-    page, listed = (
-        f"          - file: book/api/{part}",
-        [k for k, line in enumerate(lines) if "file: book/api/" in line],
-    )
+    lines[place:place] = head + entry
+    page = f"          - file: book/api/{part}"
+    listed = [k for k, line in enumerate(lines) if "file: book/api/" in line]
     if listed and page not in lines:
         lines.insert(max(k for k in listed if "api/lab" not in lines[k]) + 1, page)
     return "\n".join(lines) + "\n"
-
-
-def _api_head(part: str) -> str:
-    return f"# effnb.{part}\n\nPLACEHOLDER: what the part holds.\n"
-
-
-def _api_index(old: str, part: str) -> str:
-    row, lines = f"| [`effnb.{part}`]({part}.md) | PLACEHOLDER |", old.splitlines()
-    at = next((k for k, line in enumerate(lines) if line.startswith("| [`effnb.lab`]")), len(lines))
-    return "\n".join([*lines[:at], row, *lines[at:]]) + "\n"
