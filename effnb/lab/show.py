@@ -142,7 +142,7 @@ def dots(
 
 
 def curve(axes: Axes, points: ArrayLike, color: str, label: str = "", marker: str = "o") -> np.ndarray:
-    """Draw and return means over seeds of ``(seeds, settings, 2)`` points (cost, quality), with 95 % of the quality.
+    """Draw the means over seeds of ``(seeds, settings, 2)`` points (cost, quality) with 95 % intervals; return them.
 
     >>> figure, axes = plot.single(); curve(axes, [[[1, 80], [2, 90]], [[1, 82], [2, 92]]], plot.OURS).tolist()
     [[1.0, 81.0], [2.0, 91.0]]

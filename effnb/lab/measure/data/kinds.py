@@ -141,8 +141,7 @@ def parted(x: Tensor | list, y: Tensor, n: int, seed: int) -> tuple[tuple, tuple
     """Return ``(x, y)`` without `n` examples, in their order, and the `n` that `stratified` draws."""
     held = stratified(y, n, seed)
     kept = torch.ones(len(y), dtype=torch.bool).index_fill_(0, held, False).nonzero().flatten()
-    parts = ((x[i] if isinstance(x, Tensor) else [x[k] for k in i.tolist()], y[i]) for i in (kept, held))
-    return tuple(parts)
+    return tuple((x[i] if isinstance(x, Tensor) else [x[k] for k in i.tolist()], y[i]) for i in (kept, held))
 
 
 def stratified(labels: Tensor, n: int, seed: int) -> Tensor:
