@@ -410,8 +410,7 @@ class Claim(Record):
     @property
     def registered_hash(self) -> str:
         """Digest of all that fixes the promise, see :data:`REGISTERED`."""
-        content = self.model_dump(mode="json")
-        return digest({key: content[key] for key in REGISTERED})
+        return digest(self.model_dump(mode="json", include=set(REGISTERED)))
 
     @property
     def timed(self) -> bool:
