@@ -449,10 +449,7 @@ class ClaimSet(Record):
 
 
 def validated(model: Any, content: Any, where: str) -> Any:
-    """Return ``content`` as a ``model``; an error is one line that names the file, the field and the rule.
-
-    Raises:
-        ValueError: the content breaks the model's rules.
+    """Return ``content`` as a ``model``; a ValueError is one line that names the file, the field and the rule.
 
     >>> validated(ClaimSet, {}, "demo.yaml")
     Traceback (most recent call last):
@@ -469,10 +466,7 @@ def validated(model: Any, content: Any, where: str) -> Any:
 
 
 def parse(text: str, where: str) -> ClaimSet:
-    """Return the claims of one file, from its YAML; messages name it as ``where``.
-
-    Raises:
-        ValueError: not valid YAML or against the models and their rules.
+    """Return the claims of one file; a ValueError names it as ``where``: no valid YAML, or against the models' rules.
 
     >>> parse("schema: 1", "demo.yaml")
     Traceback (most recent call last):
@@ -496,10 +490,7 @@ def systems() -> list[str]:
 
 
 def load(system: str) -> ClaimSet:
-    """Return the claims of one system, from ``book/claims/<system>.yaml``.
-
-    Raises:
-        ValueError: no such file, or the file breaks a rule (see :func:`parse`).
+    """Return the claims of one system, from ``book/claims/<system>.yaml``; errors of :func:`parse`, or no such file.
 
     >>> load("no_such_system")
     Traceback (most recent call last):

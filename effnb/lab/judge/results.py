@@ -270,15 +270,9 @@ def parse_result(text: str, where: str) -> dict:
 
 
 def load_result(system: str, profile: str = "book", results: Path | None = None) -> dict | None:
-    """Return the result of one chapter, or ``None`` where it has not been measured.
+    """Return the result of one chapter, or ``None`` where it has not been measured; errors of :func:`parse_result`.
 
-    Args:
-        system: name with underscores.
-        profile: ``smoke``, ``book`` or ``study``.
-        results: folder with one folder a profile; default the committed ``book/results``.
-
-    Raises:
-        ValueError: the file breaks a rule (see :func:`parse_result`).
+    ``results`` is a folder with one folder a profile; default the committed ``book/results``.
 
     >>> load_result("no_such_system") is None
     True
@@ -396,7 +390,7 @@ def check(systems: list[str] | None = None, profile: str = "book", results: Path
     Args:
         systems: which chapters; default all that have claims.
         profile: which results; of ``study``, those that there are.
-        results: folder with one folder a profile; default the committed ``book/results``.
+        results: as in :func:`load_result`.
     """
     chosen = [load(s) for s in systems] if systems is not None else load_all()
     return [line for claims in chosen for line in problems(claims, profile, results)]

@@ -148,10 +148,7 @@ def order_statistic_interval(x: ArrayLike, level: float = 0.95) -> Interval:
 
 
 def binomial_interval(successes: int, trials: int, level: float = 0.95) -> Interval:
-    """Return a share with its exact (Clopper-Pearson) interval.
-
-    Raises:
-        ValueError: ``successes`` not from 0 to ``trials``, ``trials`` below 1, or ``level`` out of range.
+    """Return a share with its exact (Clopper-Pearson) interval; ValueError for other counts than 0 to ``trials``.
 
     Reference: clopper1934use.
 

@@ -133,10 +133,7 @@ def is_noisy(values: Iterable[float]) -> bool:
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
-    """The mean that fits ratios: swapping numerators and denominators inverts it.
-
-    Raises:
-        ValueError: none, or a value that is not positive and finite.
+    """The mean that fits ratios, positive and finite: swapping numerators and denominators inverts it.
 
     >>> geometric_mean([2.0, 8.0])
     4.0
@@ -167,10 +164,7 @@ def roofline_probe(size: int = 1024, megabytes: int = 128, blocks: int = 5) -> d
     Args:
         size: side of the two square matrices, ``2 size**3`` FLOP.
         megabytes: bytes copied; read and write both count. Choose it well above the last-level cache.
-        blocks: attempts, >= 1.
-
-    Raises:
-        ValueError: an argument below 1.
+        blocks: attempts; a ValueError unless all three are >= 1.
 
     Reference: williams2009roofline.
 

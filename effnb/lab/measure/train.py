@@ -95,7 +95,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1024) -> 
         batch_size: examples at once, >= 1.
 
     Raises:
-        ValueError: ``x`` and ``y`` differ in length or are empty; ``batch_size`` below 1.
+        ValueError: as :func:`fit`.
 
     >>> accuracy(nn.Identity(), torch.eye(4), torch.tensor([0, 1, 2, 0]))
     75.0

@@ -44,10 +44,7 @@ def configure(config: dict) -> dict:
 
 
 def fill(page: str, blocks: Mapping[str, str]) -> str:
-    """Replace every ``<!-- generated: NAME -->`` of a page by ``blocks[NAME]``.
-
-    Raises:
-        ValueError: the page asks for a block that nobody generates.
+    """Replace every ``<!-- generated: NAME -->`` of a page by ``blocks[NAME]``; ValueError where nobody generates it.
 
     >>> fill("a <!-- generated: x --> b", {"x": "1"})
     'a 1 b'
@@ -82,10 +79,7 @@ def rows_of(notebooks: Path, results: Path) -> list[dict]:
 def stage(notebooks: Path, results: Path, folder: Path) -> Path:
     """Assemble the sources of the site in ``folder``, which is emptied first, and fill their generated blocks.
 
-    Args:
-        notebooks: executed chapters.
-        results: folder with one folder a profile, and ``bench/``.
-        folder: where to; made if need be.
+    ``notebooks`` holds executed chapters, ``results`` one folder a profile and ``bench/``.
 
     Raises:
         ValueError: claims without a chapter, or a page that asks for an unknown block.

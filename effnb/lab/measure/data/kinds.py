@@ -54,10 +54,8 @@ class Dataset(Source):
     def split(self, n_val: int, seed: int = 0) -> "Dataset":
         """Return the same set with `n_val` examples moved from train to validation, stratified by class.
 
-        ``seed`` is of the shuffle that picks them; the order of the rest is kept.
-
-        Raises:
-            ValueError: if there is a validation split already, no labels, or `n_val` is out of range.
+        ``seed`` is of the shuffle that picks them; the order of the rest is kept. ValueError if there is a validation
+        split already, no labels, or `n_val` is not below the number of training examples.
 
         >>> from effnb.lab import data
         >>> data.load("digits").split(200, seed=0).describe()
