@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
 from effnb.lab.measure import data
-from effnb.lab.measure.data import files, graphs, sets
+from effnb.lab.measure.data import files, sets
 from effnb.lab.measure.data.kinds import stratified
 from effnb.nas import nanobench, nb201
 
@@ -335,7 +335,7 @@ def write_tiny_cora(folder: Path, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("split, n_train", [("public", 2), ("full", 3)])
 def test_planetoid_reads_reorders_and_pads(split, n_train, bare, monkeypatch):
     # Python 3 writes bytes through this function, the real files do without it.
-    monkeypatch.setitem(graphs.ALLOWED, ("_codecs", "encode"), codecs.encode)
+    monkeypatch.setitem(sets.ALLOWED, ("_codecs", "encode"), codecs.encode)
     features, onehot = write_tiny_cora(bare, monkeypatch)
     g = data.load("cora", split=split)
     assert g.x.shape == (506, 6) and g.padded.nonzero().flatten().tolist() == [503]
@@ -356,7 +356,7 @@ def test_a_pickle_may_not_run_code():
 
     for value in (Evil(), {"a": [Evil()]}, np.array([Evil()], dtype=object)):
         with pytest.raises(pickle.UnpicklingError, match="may not ask for"):
-            graphs.unpickle(old_pickle(value))
+            sets.unpickle(old_pickle(value))
 
 
 def test_an_unknown_split_is_refused():

@@ -39,9 +39,6 @@ def chapters() -> dict[str, Path]:
 def chapter_path(system: str) -> Path:
     """Return the notebook of a chapter.
 
-    Raises:
-        ValueError: there is no such chapter; the message lists those there are.
-
     >>> chapter_path("no_such_system")
     Traceback (most recent call last):
     ...
@@ -72,10 +69,7 @@ def committed_results() -> Path:
 
 
 def digest(content: object) -> str:
-    """Return the SHA-256 of a JSON value in canonical form (sorted keys, no spaces).
-
-    Raises:
-        ValueError: the value holds NaN or infinity, which JSON has not.
+    """Return the SHA-256 of a JSON value in canonical form (sorted keys, no spaces); ValueError for NaN and infinity.
 
     >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     True

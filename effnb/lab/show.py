@@ -94,10 +94,9 @@ def table(
     """Return a table for the page.
 
     Args:
-        rows: cells, or mappings from column to cell; numbers are rounded, sequences of numbers shown by
-            :func:`mean_text`, None is empty.
+        rows: cells, or mappings from column to cell; numbers are rounded to ``digits`` after the point, sequences of
+            numbers shown by :func:`mean_text`, None is empty.
         columns: headings; those of the first row where rows are mappings.
-        digits: after the point.
         options: ``caption``, and ``best``, the ``(row, column)`` of cells to mark.
 
     >>> table([["a", 1.234]], ["method", "score"])
@@ -114,22 +113,16 @@ def table(
             return mean_text(cell, digits)
         return "" if np.isnan(cell) else f"{cell:.{digits}f}"
 
-    return Html(
-        verdicts.table(columns, [[shown(c) for c in row] for row in cells], **options),
-        f"table, {len(cells)} row{'s' * (len(cells) != 1)}",
-    )
+    markup = verdicts.table(columns, [[shown(c) for c in row] for row in cells], **options)
+    return Html(markup, f"table, {len(cells)} row{'s' * (len(cells) != 1)}")
 
 
 def dots(
     axes: Axes, results: Mapping[str, ArrayLike], colors: Sequence[str] | None = None, zero: float | None = 0.0
 ) -> None:
-    """Draw one row a comparison: a tick for every seed or unit, the mean and its 95 % interval.
+    """Draw one row a comparison (label to values): a tick for every seed or unit, the mean and its 95 % interval.
 
-    Args:
-        axes: where to draw.
-        results: label to values.
-        colors: one a row; default ours for the first, grey for the others.
-        zero: where the reference line stands; None for none.
+    The first is in our colour and the others grey unless ``colors`` has one a row; a reference line stands at ``zero``.
 
     >>> figure, axes = plot.single(); dots(axes, {"ours": [1.0, 2.0], "rival": [0.0, 1.0]})
     >>> [label.get_text() for label in axes.get_yticklabels()]
@@ -149,10 +142,7 @@ def dots(
 
 
 def curve(axes: Axes, points: ArrayLike, color: str, label: str = "", marker: str = "o") -> np.ndarray:
-    """Draw means over seeds of ``(seeds, settings, 2)`` points (cost, quality) with the quality's 95 % interval.
-
-    Returns:
-        The means, ``(settings, 2)``.
+    """Draw the means over seeds of ``(seeds, settings, 2)`` points (cost, quality) with 95 % intervals; return them.
 
     >>> figure, axes = plot.single(); curve(axes, [[[1, 80], [2, 90]], [[1, 82], [2, 92]]], plot.OURS).tolist()
     [[1.0, 81.0], [2.0, 91.0]]
@@ -165,15 +155,9 @@ def curve(axes: Axes, points: ArrayLike, color: str, label: str = "", marker: st
 
 
 def heat(axes: Axes, values: ArrayLike, rows: Sequence, columns: Sequence, best: str = "max", digits: int = 0) -> Any:
-    """Draw a heat map with every value written in it; the best of each row is framed.
+    """Draw a heat map with every value written in it; the best (``"max"`` or ``"min"``) of each row is framed.
 
-    Args:
-        axes: where to draw.
-        values: ``(rows, columns)``; NaN for runs that diverged.
-        rows: labels from the top.
-        columns: labels from the left.
-        best: ``"max"`` or ``"min"``.
-        digits: after the point.
+    ``values`` are ``(rows, columns)``, NaN for runs that diverged; ``rows`` and ``columns`` are the labels.
 
     >>> figure, axes = plot.single(); image = heat(axes, [[1, 3], [2, 1]], ["a", "b"], [0.1, 1.0])
     >>> len(axes.patches), axes.texts[1].get_text()
@@ -236,36 +220,28 @@ def shortfalls(record: Recorder) -> Html:
 def study(system: str, results: Path | None = None) -> Html:
     """Return the section *At study scale*: the stored verdicts, tables and figures of the chapter's last study run.
 
-    Args:
-        system: the chapter's system.
-        results: folder of a run whose result goes before the committed one.
+    Arguments are those of :func:`at_a_glance`.
     """
-    claims, folder = load(system), Path(results or committed_results())
-    result = load_result(system, "study", folder)
-    if result is None and results is not None:
-        folder = committed_results()
-        result = load_result(system, "study", folder)
-    if result is None:
-        told = "No study has been run yet: `effnb run {} --profile study --update` runs it."
-        return Html(f"<p>{verdicts.text(told.format(system))}</p>", "no study yet")
-    figures = [
-        plot.Picture((folder / "study" / system / f"{f['name']}.svg").read_bytes(), f["alt"], caption=f["caption"])
-        for f in result["figures"]
-    ]
-    return Html(
-        verdicts.render("study.html", claims=claims, result=result, figures=figures), f"{system} at study scale"
-    )
+    claims = load(system)
+    for folder in filter(None, (results, committed_results())):
+        if result := load_result(system, "study", folder):
+            break
+    else:
+        told = f"No study has been run yet: `effnb run {system} --profile study --update` runs it."
+        return Html(f"<p>{verdicts.text(told)}</p>", "no study yet")
+    figures = []
+    for about in result["figures"]:
+        svg = Path(folder, "study", system, f"{about['name']}.svg").read_bytes()
+        figures.append(plot.Picture(svg, about["alt"], caption=about["caption"]))
+    markup = verdicts.render("study.html", claims=claims, result=result, figures=figures)
+    return Html(markup, f"{system} at study scale")
 
 
 def lead(system: str, results: Path | None = None) -> Html:
     """Return what a chapter opens with, from the committed results: one sentence on the primary claim and its picture.
 
-    The picture has a row for the claim at each scale and for each of its conditions: a tick a seed, mean and interval,
-    and the side of the threshold where the criterion holds.
-
-    Args:
-        system: the chapter's system.
-        results: folder of a run whose results go before the committed ones.
+    The picture has a row for the claim at each scale: a tick a seed, mean and interval, and the side of the threshold
+    where the criterion holds. Arguments are those of :func:`at_a_glance`.
     """
     claims = load(system)
     claim = next(claim for claim in claims.claims if claim.primary)
@@ -277,9 +253,9 @@ def lead(system: str, results: Path | None = None) -> Html:
         figure, axes = plot.single()
         shown = {f"{name} scale": e["measured"] for name, e in entries.items() if e and e["measured"]["per_seed"]}
         for row, (color, measured) in enumerate(zip((plot.OURS, plot.BASELINE), shown.values(), strict=False)):
-            values = np.asarray(measured["per_seed"]) - (measured["baseline_per_seed"] or 0.0)
-            if claim.criterion.interval == "t-log" and measured["baseline_per_seed"]:
-                values = np.asarray(measured["per_seed"]) / np.asarray(measured["baseline_per_seed"])
+            values, rival = np.asarray(measured["per_seed"]), measured["baseline_per_seed"]
+            if rival:
+                values = values / rival if claim.criterion.interval == "t-log" else values - rival
             ticks = np.tile([row + 0.12, row + 0.3, np.nan], len(values))
             axes.plot(np.repeat(values, 3), ticks, color=color, alpha=0.6, linewidth=0.8)
             axes.plot(measured["ci"] or [measured["estimate"]] * 2, [row] * 2, color=color, linewidth=3)

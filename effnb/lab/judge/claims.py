@@ -21,15 +21,9 @@ from effnb.lab.paths import digest, root
 OPS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 UNIT_NAMES = {"points": "pt"}  # one spelling in tables, whatever a claims file registered
 #: From the best to the worst; a run whose verdict moves to the right has got worse.
-VERDICTS = (
-    "checked-analytically",
-    "reproduced",
-    "partially",
-    "not-reproduced-at-this-scale",
-    "not-tested",
-    "smoke",
-)
-PASSED = VERDICTS[:2]
+VERDICTS = ("checked-analytically", "reproduced", "partially", "not-reproduced-at-this-scale", "not-tested", "smoke")
+EXACT, REPRODUCED, PARTIALLY, NOT_REPRODUCED, UNTESTED, SMOKE = VERDICTS
+PASSED = (EXACT, REPRODUCED)
 Verdict = Literal[VERDICTS]
 Text = Annotated[str, Field(min_length=1)]
 # The first edition's words for three intervals; claims files of older revisions are still read.
@@ -93,9 +87,8 @@ class Criterion:
 
     def bound(self) -> str:
         """Return what is asked of the value, with its unit."""
-        sign = {">=": "≥", "<=": "≤"}.get(self.op, self.op)
-        bound = f"within {self.margin:g} of {self.threshold:g}" if self.op == "within" else f"{sign} {self.threshold:g}"
-        return f"{bound} {UNIT_NAMES.get(self.unit, self.unit)}".strip()
+        sign = f"within {self.margin:g} of" if self.op == "within" else self.op.replace(">=", "≥").replace("<=", "≤")
+        return f"{sign} {self.threshold:g} {UNIT_NAMES.get(self.unit, self.unit)}".strip()
 
     def text(self) -> str:
         """Return the criterion in one line; what it is against is added unless the metric's name has it."""
@@ -160,18 +153,10 @@ class Sample:
     ) -> "Sample":
         """Return the sample of values ``(seeds, units)``; ``target`` is ``(units,)`` for rank correlations."""
         # Single precision is what is stored, so it is what is judged.
-        ours, theirs, target = (
-            None if x is None else np.asarray(x, np.float32).astype(np.float64) for x in (ours, theirs, target)
-        )
-        rows = [
-            None
-            if side is None
-            else stats.unit_statistic(
-                side, None if target is None else np.broadcast_to(target, side.shape), statistic
-            ).tolist()
-            for side in (ours, theirs)
-        ]
-        return cls(rows[0], rows[1], rivals, units=ours, baseline_units=theirs, target=target)
+        given = (None if x is None else np.asarray(x, np.float32).astype(np.float64) for x in (ours, theirs, target))
+        ours, theirs, target = given
+        sides = (None if x is None else stats.unit_statistic(x, target, statistic).tolist() for x in (ours, theirs))
+        return cls(*sides, rivals, units=ours, baseline_units=theirs, target=target)
 
 
 @dataclass(frozen=True)
@@ -194,27 +179,20 @@ class Judgement:
     def measured(self) -> dict:
         """Return the block of a result entry; matrices of units stand in a file beside it."""
         sample = self.sample
-        found = {
-            "estimate": self.estimate,
-            "ci": self.ci,
-            "ci_method": self.method,
-            "per_seed": [float(v) for v in sample.per_seed],
-            "baseline_per_seed": None if sample.baseline is None else [float(v) for v in sample.baseline],
-            "unit": self.criterion.unit,
-        }
+        found = {"estimate": self.estimate, "ci": self.ci, "ci_method": self.method}
+        found["per_seed"] = [float(v) for v in sample.per_seed]
+        found["baseline_per_seed"] = None if sample.baseline is None else [float(v) for v in sample.baseline]
+        found["unit"] = self.criterion.unit
         further = {"rivals": sample.rivals, "items": sample.items, "counts": sample.counts}
-        return found | {
-            k: [list(p) if isinstance(p, tuple) else p for p in v] for k, v in further.items() if v is not None
-        }
+        return found | {key: list(values) for key, values in further.items() if values is not None}
 
 
 def _values(criterion: Criterion, sample: Sample) -> list[float]:
     """Return the paired differences (ratios for ``t-log``), one a seed; raise unless the sample fits the criterion."""
     ours, theirs = list(sample.per_seed), None if sample.baseline is None else list(sample.baseline)
     if (criterion.against is None) != (theirs is None):
-        raise ValueError(
-            f"baseline must be given exactly when the criterion names `against`, got against={criterion.against!r}"
-        )
+        rule = "baseline must be given exactly when the criterion names `against`"
+        raise ValueError(f"{rule}, got against={criterion.against!r}")
     if not ours:
         raise ValueError("per_seed must hold at least one value, got none")
     for name, values in (("baseline", theirs), ("rivals", sample.rivals), ("counts", sample.counts)):
@@ -226,19 +204,17 @@ def _values(criterion: Criterion, sample: Sample) -> list[float]:
     for interval, field in (("t-items", "items"), ("binomial", "counts"), ("bootstrap-units", "units")):
         if (criterion.interval == interval) != (getattr(sample, field) is not None):
             raise ValueError(f"{field} must be given exactly for interval {interval!r}, got {criterion.interval!r}")
-    if criterion.interval == "t-log":
-        if min(*ours, *(theirs or [1.0]), 1.0) <= 0:
-            raise ValueError(f"per_seed and baseline must be positive for ratios, got {ours}, {theirs}")
-        return [a / b for a, b in zip(ours, theirs or [1.0] * len(ours), strict=True)]
-    return [a - b for a, b in zip(ours, theirs or [0.0] * len(ours), strict=True)]
+    ratio = criterion.interval == "t-log"
+    if ratio and min(*ours, *(theirs or [1.0]), 1.0) <= 0:
+        raise ValueError(f"per_seed and baseline must be positive for ratios, got {ours}, {theirs}")
+    pairs = zip(ours, theirs or [1.0 if ratio else 0.0] * len(ours), strict=True)
+    return [a / b if ratio else a - b for a, b in pairs]
 
 
-def _interval(
-    criterion: Criterion, values: list[float], sample: Sample, level: float
-) -> tuple[float, list[float] | None]:
+def _interval(criterion: Criterion, values: list[float], sample: Sample, level: float) -> tuple[float, list | None]:
     """Return the estimate and its interval; None where a single run gives none."""
     if criterion.interval == "binomial":
-        found = stats.binomial_interval(sum(k for k, _ in sample.counts), sum(n for _, n in sample.counts), level)
+        found = stats.binomial_interval(*map(sum, zip(*sample.counts, strict=True)), level)
     elif criterion.interval == "bootstrap-units":
         found = stats.units_interval(sample.units, sample.baseline_units, sample.target, criterion.statistic, level)
     elif criterion.interval == "none" or len(values) < 2:
@@ -272,8 +248,7 @@ def evaluate(
         level: instead of the criterion's, for a family of claims.
 
     Raises:
-        ValueError: lengths differ, non-finite values, a baseline, items, counts or units missing or superfluous, ratios
-            of non-positive values.
+        ValueError: the sample does not fit the criterion, is not finite, or ratios are of non-positive values.
 
     >>> evaluate(Criterion("gain", ">", 0.0), [1.0, 1.2, 0.9]).verdict
     'reproduced'
@@ -284,25 +259,21 @@ def evaluate(
     level = 1 - 2 * (1 - level) if criterion.op == "within" else level
     estimate, ci = _interval(criterion, values, sample, level)
     held, needed = sum(map(criterion.holds, values)), math.ceil(criterion.seeds_fraction * len(values))
-    if criterion.interval == "none":
-        exact = held == len(values)
-        verdict, reason = (
-            PASSED[0] if exact else VERDICTS[3],
-            "" if exact else f"holds in {held} of {len(values)} cases",
-        )
-        return Judgement(criterion, sample, estimate, ci, verdict, not exact, reason)
     contradicted, reason = False, ""
-    if ci is None:
-        verdict, reason = VERDICTS[2] if criterion.holds(estimate) else VERDICTS[3], "one run gives no interval"
+    if criterion.interval == "none":
+        verdict, contradicted = (EXACT, False) if held == len(values) else (NOT_REPRODUCED, True)
+        reason = f"holds in {held} of {len(values)} cases" if contradicted else ""
+    elif ci is None:
+        verdict, reason = PARTIALLY if criterion.holds(estimate) else NOT_REPRODUCED, "one run gives no interval"
     elif not criterion.holds(estimate):
-        verdict, reason = VERDICTS[3], "the estimate lies on the wrong side"
+        verdict, reason = NOT_REPRODUCED, "the estimate lies on the wrong side"
         contradicted = not any(map(criterion.holds, ci)) and not (ci[0] < criterion.threshold < ci[1])
     elif not all(map(criterion.holds, ci)):
-        verdict, reason = VERDICTS[2], "the interval reaches the wrong side"
+        verdict, reason = PARTIALLY, "the interval reaches the wrong side"
     elif criterion.interval != "binomial" and held < needed:  # counts are one sample, whatever seed they come from
-        verdict, reason = VERDICTS[2], f"holds in {held} of {len(values)} seeds, {needed} needed"
+        verdict, reason = PARTIALLY, f"holds in {held} of {len(values)} seeds, {needed} needed"
     else:
-        verdict = VERDICTS[1]
+        verdict = REPRODUCED
     return Judgement(criterion, sample, estimate, ci, verdict, contradicted, reason)
 
 
@@ -323,23 +294,19 @@ def combine(
         return [f"{name} ({j.estimate:.2g}): {j.reason}" for name, j in found.items() if j.verdict not in PASSED]
 
     if unmet := failures(preconditions or {}):
-        return "not-tested", False, f"precondition not met: {'; '.join(unmet)}"
+        return UNTESTED, False, f"precondition not met: {'; '.join(unmet)}"
     failed = failures(conditions)
+    lowered = failed and main.verdict in PASSED
     reason = "; ".join(filter(None, [main.reason, *failed]))
-    if main.verdict in PASSED and failed:
-        return "partially", False, reason
-    return main.verdict, main.contradicted, reason
+    return PARTIALLY if lowered else main.verdict, main.contradicted, reason
 
 
 def holm(family: Mapping[str, Callable[[float], bool]], level: float = 0.95) -> set[str]:
-    """Return the members of a family of claims that hold under Holm's correction.
+    """Return the members of a family of claims that hold under Holm's correction at the family's ``level``.
 
     Holm's step-down in terms of intervals: with k members left, those whose interval of level ``1 - (1 - level) / k``
     excludes the threshold hold and leave; again, until none leaves. The family's error stays below ``1 - level``.
-
-    Args:
-        family: name to a function that tells whether the claim holds at a level.
-        level: of the whole family.
+    ``family`` maps a name to a function that tells whether the claim holds at a level.
 
     Reference: holm1979simple.
 
@@ -400,19 +367,9 @@ class Unreachable(Record):
 
 #: Fields that fix what was promised; a change of any of them needs a new claim.
 REGISTERED = [
-    "id",
-    "primary",
-    "kind",
-    "statement",
-    "source",
-    "paper_value",
-    "paper",
-    "criterion",
-    "conditions",
-    "preconditions",
-    "as_stated",
-    "family",
-]
+    "id", "primary", "kind", "statement", "source", "paper_value", "paper", "criterion", "conditions", "preconditions",
+    "as_stated", "family",
+]  # fmt: skip
 
 
 class Claim(Record):
@@ -453,8 +410,7 @@ class Claim(Record):
     @property
     def registered_hash(self) -> str:
         """Digest of all that fixes the promise, see :data:`REGISTERED`."""
-        content = self.model_dump(mode="json")
-        return digest({key: content[key] for key in REGISTERED})
+        return digest(self.model_dump(mode="json", include=set(REGISTERED)))
 
     @property
     def timed(self) -> bool:
@@ -493,10 +449,7 @@ class ClaimSet(Record):
 
 
 def validated(model: Any, content: Any, where: str) -> Any:
-    """Return ``content`` as a ``model``; an error is one line that names the file, the field and the rule.
-
-    Raises:
-        ValueError: the content breaks the model's rules.
+    """Return ``content`` as a ``model``; a ValueError is one line that names the file, the field and the rule.
 
     >>> validated(ClaimSet, {}, "demo.yaml")
     Traceback (most recent call last):
@@ -513,16 +466,7 @@ def validated(model: Any, content: Any, where: str) -> Any:
 
 
 def parse(text: str, where: str) -> ClaimSet:
-    """Return the claims of one file.
-
-    Args:
-        text: YAML.
-        where: the file's name, for messages.
-
-    Raises:
-        ValueError: not valid YAML or against the models; ids that repeat or name another system; not exactly one
-            primary claim; ``interval: none`` for a kind other than ``exact``, or the reverse; a comparative claim
-            without ``as_stated``.
+    """Return the claims of one file; a ValueError names it as ``where``: no valid YAML, or against the models' rules.
 
     >>> parse("schema: 1", "demo.yaml")
     Traceback (most recent call last):
@@ -546,13 +490,7 @@ def systems() -> list[str]:
 
 
 def load(system: str) -> ClaimSet:
-    """Return the claims of one system.
-
-    Args:
-        system: name with underscores, as in ``book/claims/<system>.yaml``.
-
-    Raises:
-        ValueError: no such file, or the file breaks a rule (see :func:`parse`).
+    """Return the claims of one system, from ``book/claims/<system>.yaml``; errors of :func:`parse`, or no such file.
 
     >>> load("no_such_system")
     Traceback (most recent call last):

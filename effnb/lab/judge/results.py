@@ -4,8 +4,9 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 from pydantic import Field, JsonValue
 
 from effnb.lab.judge.claims import (
+    PARTIALLY,
     PASSED,
     UNIT_NAMES,
     Claim,
@@ -184,12 +186,6 @@ class Outcome:
     reason: str
 
 
-def _each(what: str, claim: Claim, registered: list[Criterion], samples: Mapping[str, Sample]) -> dict[str, Judgement]:
-    if set(samples) != {c.name for c in registered}:
-        raise ValueError(f"{what} of {claim.id} must be {[c.name for c in registered]}, got {sorted(samples)}")
-    return {c.name: evaluate(c, samples[c.name]) for c in registered}
-
-
 def judge(claim: Claim, found: Measurement) -> Outcome:
     """Judge one claim by itself.
 
@@ -199,36 +195,30 @@ def judge(claim: Claim, found: Measurement) -> Outcome:
     own = isinstance(claim.as_stated, Criterion)
     if own != (found.as_stated is not None):
         raise ValueError(f"as_stated of {claim.id} must be given exactly where a criterion of its own is registered")
-    main = evaluate(claim.criterion, found.main)
-    conditions = _each("conditions", claim, claim.conditions, found.conditions)
-    preconditions = _each("preconditions", claim, claim.preconditions, found.preconditions)
+    main, further = evaluate(claim.criterion, found.main), []
+    for what in ("conditions", "preconditions"):
+        registered, samples = {c.name: c for c in getattr(claim, what)}, getattr(found, what)
+        if samples.keys() != registered.keys():
+            raise ValueError(f"{what} of {claim.id} must be {list(registered)}, got {sorted(samples)}")
+        further.append({name: evaluate(c, samples[name]) for name, c in registered.items()})
     stated = evaluate(claim.as_stated, found.as_stated) if own else None
-    return Outcome(main, conditions, preconditions, stated, *combine(main, conditions, preconditions))
+    return Outcome(main, *further, stated, *combine(main, *further))
 
 
 def judge_all(claims: ClaimSet, found: Mapping[str, Measurement]) -> dict[str, Outcome]:
-    """Judge all measured claims of a chapter; Holm's correction within each registered family.
+    """Judge those claims of a chapter that were measured (``found``, by id), with Holm's correction in each family."""
+    measured = [claim for claim in claims.claims if claim.id in found]
+    outcomes = {claim.id: judge(claim, found[claim.id]) for claim in measured}
 
-    Args:
-        claims: the chapter's claims.
-        found: id to measurement, of the claims that were tested.
-    """
-    outcomes = {claim.id: judge(claim, found[claim.id]) for claim in claims.claims if claim.id in found}
-    families: dict[str, dict[str, Callable[[float], bool]]] = {}
-    for claim in claims.claims:
-        if claim.family and claim.id in found:
-            sample = found[claim.id].main
-            families.setdefault(claim.family, {})[claim.id] = lambda level, c=claim.criterion, s=sample: (
-                evaluate(c, s, level=level).verdict in PASSED
-            )
-    for name, family in families.items():
+    def holds(claim: Claim, level: float) -> bool:
+        return evaluate(claim.criterion, found[claim.id].main, level=level).verdict in PASSED
+
+    for name in {claim.family for claim in measured if claim.family}:
+        family = {claim.id: partial(holds, claim) for claim in measured if claim.family == name}
+        reason = f"does not hold after Holm's correction in the family {name!r}"
         for ident in family.keys() - holm(family):
-            old = outcomes[ident]
-            if old.verdict in PASSED:
-                outcomes[ident] = Outcome(
-                    old.main, old.conditions, old.preconditions, old.as_stated,
-                    "partially", False, f"does not hold after Holm's correction in the family {name!r}",
-                )  # fmt: skip
+            if outcomes[ident].verdict in PASSED:
+                outcomes[ident] = replace(outcomes[ident], verdict=PARTIALLY, contradicted=False, reason=reason)
     return outcomes
 
 
@@ -280,15 +270,9 @@ def parse_result(text: str, where: str) -> dict:
 
 
 def load_result(system: str, profile: str = "book", results: Path | None = None) -> dict | None:
-    """Return the result of one chapter, or ``None`` where it has not been measured.
+    """Return the result of one chapter, or ``None`` where it has not been measured; errors of :func:`parse_result`.
 
-    Args:
-        system: name with underscores.
-        profile: ``smoke``, ``book`` or ``study``.
-        results: folder with one folder a profile; default the committed ``book/results``.
-
-    Raises:
-        ValueError: the file breaks a rule (see :func:`parse_result`).
+    ``results`` is a folder with one folder a profile; default the committed ``book/results``.
 
     >>> load_result("no_such_system") is None
     True
@@ -308,37 +292,19 @@ def _load_units(result: Mapping, folder: Path) -> dict[str, Any]:
         return {key: arrays[key].astype(np.float64) for key in arrays.files}
 
 
-def _sample(measured: Mapping, units: Mapping[str, Any], key: str) -> Sample:
-    items, counts = measured.get("items"), measured.get("counts")
-    return Sample(
-        measured["per_seed"],
-        measured.get("baseline_per_seed"),
-        measured.get("rivals"),
-        None if items is None else (items[0], int(items[1])),
-        None if counts is None else [tuple(pair) for pair in counts],
-        *(units.get(f"{key}|{side}") for side in ("a", "b", "target")),
-    )
-
-
 def measurement(entry: Mapping, units: Mapping[str, Any]) -> Measurement:
-    """Return a stored entry's samples, so that it can be judged again.
+    """Return a stored entry's samples, so that it can be judged again; ``units`` are the arrays beside the result."""
 
-    Args:
-        entry: of a result.
-        units: the arrays of the file beside the result.
-    """
-    key = entry["id"]
-    stated = entry.get("as_stated")
-    own = stated is not None and stated["measured"] is not None
-    named = {
-        what: {e["name"]: _sample(e["measured"], units, f"{key}|{what[:-1]} {e['name']}") for e in entry.get(what, [])}
-        for what in ("conditions", "preconditions")
-    }
+    def sample(measured: Mapping, name: str) -> Sample:
+        values = (measured.get(key) for key in ("per_seed", "baseline_per_seed", "rivals", "items", "counts"))
+        return Sample(*values, *(units.get(f"{entry['id']}|{name}|{side}") for side in ("a", "b", "target")))
+
+    stated = entry.get("as_stated") or {"measured": None}
     return Measurement(
-        _sample(entry["measured"], units, f"{key}|main"),
-        named["conditions"],
-        named["preconditions"],
-        _sample(stated["measured"], units, f"{key}|as-stated") if own else None,
+        sample(entry["measured"], "main"),
+        {e["name"]: sample(e["measured"], f"condition {e['name']}") for e in entry.get("conditions", [])},
+        {e["name"]: sample(e["measured"], f"precondition {e['name']}") for e in entry.get("preconditions", [])},
+        sample(stated["measured"], "as-stated") if stated["measured"] else None,
     )
 
 
@@ -355,22 +321,9 @@ def stated_verdict(claim: Claim, entry: Mapping | None) -> str | None:
 
 
 def _close(stored: Any, found: Any) -> bool:
-    if stored == found or None in (stored, found):
-        return stored == found
-    pairs = zip(*([v] if isinstance(v, float | int) else v for v in (stored, found)), strict=True)
-    return all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12) for a, b in pairs)
-
-
-def _differs(name: str, stored: Mapping, found: Judgement, smoke: bool) -> list[str]:
-    """Return how a stored block differs from what its values give."""
-    wrong = [
-        f"{name}: stored {key} {stored['measured'][key]} does not follow from per_seed, which gives {value}"
-        for key, value in (("estimate", found.estimate), ("ci", found.ci))
-        if not _close(stored["measured"][key], value)
-    ]
-    if not smoke and "name" in stored and stored["verdict"] != found.verdict:
-        wrong.append(f"{name}: stored verdict {stored['verdict']!r}, but the values give {found.verdict!r}")
-    return wrong
+    if stored is None or found is None:
+        return stored is found
+    return np.allclose(stored, found, rtol=1e-9, atol=1e-12)
 
 
 def _problems_of(claim: Claim, entry: Mapping, profile: str, outcome: Outcome | None) -> list[str]:
@@ -379,16 +332,19 @@ def _problems_of(claim: Claim, entry: Mapping, profile: str, outcome: Outcome | 
     if len(entry["measured"]["per_seed"]) != len(entry["seeds"]):
         return [f"{claim.id}: per_seed must have the length of seeds"]
     if outcome is None:
-        return (
-            [] if entry["not_tested"] and entry["note"] else [f"{claim.id}: not tested must have a reason and its kind"]
-        )
-    smoke = profile == "smoke"
-    wrong = _differs(claim.id, entry, outcome.main, smoke)
+        told = entry["not_tested"] and entry["note"]
+        return [] if told else [f"{claim.id}: not tested must have a reason and its kind"]
+    smoke, wrong, blocks = profile == "smoke", [], [(claim.id, entry, outcome.main)]
     for what in ("conditions", "preconditions"):
-        for stored in entry[what]:
-            wrong += _differs(f"{claim.id}, {stored['name']}", stored, getattr(outcome, what)[stored["name"]], smoke)
+        blocks += [(f"{claim.id}, {b['name']}", b, getattr(outcome, what)[b["name"]]) for b in entry[what]]
     if outcome.as_stated:
-        wrong += _differs(f"{claim.id}, as stated", entry["as_stated"], outcome.as_stated, smoke)
+        blocks.append((f"{claim.id}, as stated", entry["as_stated"], outcome.as_stated))
+    for name, stored, found in blocks:
+        for key, value in (("estimate", found.estimate), ("ci", found.ci)):
+            if not _close(shown := stored["measured"][key], value):
+                wrong.append(f"{name}: stored {key} {shown} does not follow from per_seed, which gives {value}")
+        if stored is not entry and not smoke and stored["verdict"] != found.verdict:
+            wrong.append(f"{name}: stored verdict {stored['verdict']!r}, but the values give {found.verdict!r}")
     expected = ("smoke", False) if smoke else (outcome.verdict, outcome.contradicted)
     if expected != (entry["verdict"], entry["contradicted"]):
         wrong.append(f"{claim.id}: stored verdict {entry['verdict']!r}, but the values give {expected[0]!r}")
@@ -402,13 +358,11 @@ def problems(claims: ClaimSet, profile: str, results: Path | None = None) -> lis
         result = load_result(claims.system, profile, results)
         if result is None:
             # Nobody has to have run a study; the book has to be whole.
-            return (
-                [] if profile == "study" else [f"{claims.system}: no result for profile {profile!r}: run the chapter"]
-            )
+            missing = f"{claims.system}: no result for profile {profile!r}: run the chapter"
+            return [] if profile == "study" else [missing]
         if (result["system"], result["profile"]) != (claims.system, profile):
             raise ValueError(f"{claims.system}: the result is of {result['system']} at {result['profile']!r}")
-        units = _load_units(result, folder)
-        entries = result["claims"]
+        units, entries = _load_units(result, folder), result["claims"]
         known = {claim.id for claim in claims.claims}
         lines = [f"{ident}: measured, but not registered" for ident in entries if ident not in known]
         lines += [f"{ident}: registered, but the result does not hold it" for ident in known - entries.keys()]
@@ -436,7 +390,7 @@ def check(systems: list[str] | None = None, profile: str = "book", results: Path
     Args:
         systems: which chapters; default all that have claims.
         profile: which results; of ``study``, those that there are.
-        results: folder with one folder a profile; default the committed ``book/results``.
+        results: as in :func:`load_result`.
     """
     chosen = [load(s) for s in systems] if systems is not None else load_all()
     return [line for claims in chosen for line in problems(claims, profile, results)]
@@ -450,25 +404,19 @@ def joined(results: Path | None = None, profile: str = "book") -> list[dict]:
     rows = []
     for claims in load_all():
         result = load_result(claims.system, profile, results)
-        for claim in claims.claims:
-            entry = result["claims"].get(claim.id) if result else None
-            rows.append(
-                {"system": claims.system, "title": claims.title, "method": claims.method}
-                | {"claim": claim, "entry": entry, "result": result}
-            )
+        about = {"system": claims.system, "title": claims.title, "method": claims.method, "result": result}
+        entries = result["claims"] if result else {}
+        rows += [about | {"claim": claim, "entry": entries.get(claim.id)} for claim in claims.claims]
     return rows
 
 
 def _within(new: Mapping, old: Mapping) -> bool:
     """Whether all figures of a claim still lie within the intervals of its older result."""
-    pairs = [(new["measured"], old["measured"])]
     if len(new["conditions"]) != len(old["conditions"]):  # one of them was not tested
         return False
-    pairs += [(a["measured"], b["measured"]) for a, b in zip(new["conditions"], old["conditions"], strict=True)]
-    return all(
-        a and b and a["estimate"] is not None and b["ci"] and b["ci"][0] <= a["estimate"] <= b["ci"][1]
-        for a, b in pairs
-    )
+    pairs = zip([new, *new["conditions"]], [old, *old["conditions"]], strict=True)
+    figures = [(a["measured"]["estimate"], b["measured"]["ci"]) for a, b in pairs]
+    return all(value is not None and ci and ci[0] <= value <= ci[1] for value, ci in figures)
 
 
 def compare(new: Path, old: Path | None = None, profile: str = "book", excused: bool = False) -> list[str]:
@@ -491,11 +439,7 @@ def compare(new: Path, old: Path | None = None, profile: str = "book", excused: 
 def format_measured(measured: Mapping | None) -> str:
     """Return ``estimate [lo, hi] unit (n)``, rounded to two significant digits of the interval's half-width.
 
-    Args:
-        measured: the ``measured`` block of a result entry, or ``None``.
-
-    Returns:
-        Text; ``"-"`` where nothing was measured.
+    ``measured`` is the block of a result entry; the text is ``"-"`` where nothing was measured.
 
     >>> format_measured({"estimate": 1.2345, "ci": [1.1, 1.4], "per_seed": [1, 1], "unit": "pt"})
     '1.23 [1.10, 1.40] pt (n = 2)'
@@ -503,8 +447,7 @@ def format_measured(measured: Mapping | None) -> str:
     if not measured or measured["estimate"] is None:
         return "-"
     value, ci = measured["estimate"], measured["ci"]
-    reference = (ci[1] - ci[0]) / 2 if ci else 0.0
-    reference = reference if reference > 0 else abs(value) / 10
+    reference = (ci[1] - ci[0]) / 2 if ci and ci[1] > ci[0] else abs(value) / 10
     digits = 2 if reference <= 0 else max(0, min(6, 1 - math.floor(math.log10(reference))))
 
     def show(x: float) -> str:

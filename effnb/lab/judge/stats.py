@@ -47,17 +47,17 @@ def differences(a: ArrayLike, b: ArrayLike | None, log: bool = False) -> Array:
     pair = [finite(name, values) for name, values in (("a", a), ("b", b)) if values is not None]
     if len({len(values) for values in pair}) > 1:
         raise ValueError(f"a and b must have the same length, got {len(pair[0])} and {len(pair[1])}")
-    if log and min(values.min() for values in pair) <= 0:
-        raise ValueError(f"a and b must be positive with log=True, got {min(values.min() for values in pair)}")
+    if log and (least := min(values.min() for values in pair)) <= 0:
+        raise ValueError(f"a and b must be positive with log=True, got {least}")
     pair = [np.log(values) for values in pair] if log else pair
     return pair[0] - pair[1] if len(pair) == 2 else pair[0]
 
 
-def in_unit(name: str, value: float) -> float:
-    """Return ``value``; raise unless it lies strictly between 0 and 1."""
-    if not 0 < value < 1:
-        raise ValueError(f"{name} must be in (0, 1), got {value}")
-    return value
+def coverage(level: float) -> float:
+    """Return ``level``; raise unless it lies strictly between 0 and 1."""
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level}")
+    return level
 
 
 def paired_t_interval(a: ArrayLike, b: ArrayLike | None = None, level: float = 0.95, log: bool = False) -> Interval:
@@ -83,25 +83,17 @@ def paired_t_interval(a: ArrayLike, b: ArrayLike | None = None, level: float = 0
     d = differences(a, b, log)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # equal differences: the interval is a point
-        found = sps.ttest_1samp(d, 0.0).confidence_interval(in_unit("level", level))
+        found = sps.ttest_1samp(d, 0.0).confidence_interval(coverage(level))
     bounds = np.array([d.mean(), found.low, found.high])
     bounds = np.exp(bounds) if log else bounds
     return Interval(*bounds.tolist(), level, len(d), "t-log" if log else "t")
 
 
 def item_variance(a: ArrayLike, b: ArrayLike | None = None) -> tuple[list[float], list[float] | None, float, int]:
-    """Return what :func:`items_interval` needs of per-item values: means per seed of each side, ``d`` and ``m``.
+    """Return what :func:`items_interval` needs of per-item values ``(seeds, items)``, such as 100 for a hit.
 
-    Args:
-        a: ``(seeds, items)``, for instance 100 where a prediction is right and 0 where not.
-        b: the same of the rival.
-
-    Returns:
-        Means of ``a`` and of ``b`` (None without it), one a seed; the variance ``d`` over the items of the difference
-        averaged over seeds; the number of items ``m``.
-
-    Raises:
-        ValueError: no matrices of one shape, or values not finite.
+    That is: the means of ``a`` and of ``b`` (None without it), one a seed; the variance ``d`` over the items of the
+    difference averaged over seeds; the number of items ``m``. ValueError for matrices of different shapes.
 
     >>> item_variance([[1, 0, 1, 0]])
     ([0.5], None, 0.3333333333333333, 4)
@@ -118,16 +110,7 @@ def items_interval(a: ArrayLike, b: ArrayLike | None, d: float, m: int, level: f
     r"""Return the interval of a mean over seeds that share ``m`` test items, :math:`se^2 = s^2 / n + d / m`.
 
     A t interval with n - 1 degrees of freedom. Seeds alone would leave out that another test set has other items.
-
-    Args:
-        a: ``(n,)`` values, one a seed, n >= 2.
-        b: the same of the rival, or ``None``.
-        d: variance over the items of the difference averaged over seeds, see :func:`item_variance`.
-        m: number of items, >= 2.
-        level: coverage in (0, 1).
-
-    Raises:
-        ValueError: as :func:`paired_t_interval`; ``d`` negative or not finite; ``m`` below 2.
+    Arguments and errors are as in :func:`paired_t_interval`; ``d`` >= 0 and ``m`` >= 2 as in :func:`item_variance`.
 
     >>> print(items_interval([1.0, 2.0, 3.0], None, d=0.0, m=100))
     2 [-0.4841, 4.484]
@@ -136,7 +119,7 @@ def items_interval(a: ArrayLike, b: ArrayLike | None, d: float, m: int, level: f
     if not (d >= 0 and math.isfinite(d)) or m < 2:
         raise ValueError(f"d must be finite and >= 0 and m >= 2, got {d} and {m}")
     n = len(values)
-    half = sps.t.ppf((1 + in_unit("level", level)) / 2, n - 1) * math.sqrt(values.var(ddof=1) / n + d / m)
+    half = sps.t.ppf((1 + coverage(level)) / 2, n - 1) * math.sqrt(values.var(ddof=1) / n + d / m)
     middle = float(values.mean())
     return Interval(middle, middle - float(half), middle + float(half), level, n, "t-items")
 
@@ -145,10 +128,7 @@ def order_statistic_interval(x: ArrayLike, level: float = 0.95) -> Interval:
     """Return the median with the pair of order statistics that covers it with at least ``level``.
 
     Free of any assumption but independence; with 7 values it is min..max (98.4 %), with 15 the 4th..12th (96.5 %).
-
-    Args:
-        x: ``(n,)`` values, for instance ratios of paired timings.
-        level: smallest coverage in (0, 1); the result's ``level`` is the one attained.
+    The result's ``level`` is the one attained.
 
     Raises:
         ValueError: fewer than 2 values or too few for ``level`` (6 for 95 %), values not finite, ``level`` wrong.
@@ -158,7 +138,7 @@ def order_statistic_interval(x: ArrayLike, level: float = 0.95) -> Interval:
     >>> print(order_statistic_interval([1, 2, 3, 4, 5, 6, 7]))
     4 [1, 7]
     """
-    values, level = finite("x", x), in_unit("level", level)
+    values, level = finite("x", x), coverage(level)
     found = sps.quantile_test(values, q=0.0, p=0.5).confidence_interval(level)
     if not np.isfinite([found.low, found.high]).all():
         raise ValueError(f"x must hold more values for a {level:.0%} interval of the median, got {len(values)}")
@@ -168,15 +148,7 @@ def order_statistic_interval(x: ArrayLike, level: float = 0.95) -> Interval:
 
 
 def binomial_interval(successes: int, trials: int, level: float = 0.95) -> Interval:
-    """Return a share with its exact (Clopper-Pearson) interval.
-
-    Args:
-        successes: from 0 to ``trials``.
-        trials: >= 1.
-        level: coverage in (0, 1).
-
-    Raises:
-        ValueError: counts or ``level`` out of range.
+    """Return a share with its exact (Clopper-Pearson) interval; ValueError for other counts than 0 to ``trials``.
 
     Reference: clopper1934use.
 
@@ -185,17 +157,18 @@ def binomial_interval(successes: int, trials: int, level: float = 0.95) -> Inter
     """
     if not (trials >= 1 and 0 <= successes <= trials):
         raise ValueError(f"successes must be from 0 to trials >= 1, got {successes} of {trials}")
-    found = sps.binomtest(int(successes), int(trials)).proportion_ci(in_unit("level", level), method="exact")
+    found = sps.binomtest(int(successes), int(trials)).proportion_ci(coverage(level), method="exact")
     return Interval(successes / trials, float(found.low), float(found.high), level, int(trials), "binomial")
 
 
 def unit_statistic(values: Array, target: Array | None, statistic: str) -> Array:
-    """Return the mean of each row ``(..., units)``, or its rank correlation with ``target`` of the same shape."""
+    """Return the mean of each row ``(..., units)``, or its rank correlation with ``target``, which is broadcast."""
     if statistic == "mean":
         return values.mean(-1)
     if statistic == "kendall":
-        flat = zip(values.reshape(-1, values.shape[-1]), target.reshape(-1, values.shape[-1]), strict=True)
-        return np.array([sps.kendalltau(v, t).statistic for v, t in flat]).reshape(values.shape[:-1])
+        rows = (side.reshape(-1, values.shape[-1]) for side in (values, np.broadcast_to(target, values.shape)))
+        found = [sps.kendalltau(v, t).statistic for v, t in zip(*rows, strict=True)]
+        return np.array(found).reshape(values.shape[:-1])
     x, y = (sps.rankdata(side, axis=-1) for side in (values, target))
     x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
     with np.errstate(invalid="ignore"):  # a constant row has no correlation: nan
@@ -246,7 +219,7 @@ def units_interval(
 
     def value(who: Array, which: Array) -> Array:
         """Statistic for chosen seeds ``(r, seeds)`` and units ``(r, units)``: ``(r,)``."""
-        aim = None if target is None else np.broadcast_to(rows[-1][0][which][:, None], (*who.shape, units))
+        aim = None if target is None else rows[-1][0][which][:, None]
         found = [unit_statistic(side[who[:, :, None], which[:, None, :]], aim, statistic).mean(-1) for side in sides]
         return found[0] - found[1] if b is not None else found[0]
 
@@ -255,7 +228,7 @@ def units_interval(
     for start in range(0, reps, chunk):
         count = min(chunk, reps - start)
         samples.append(value(rng.integers(seeds, size=(count, seeds)), rng.integers(units, size=(count, units))))
-    tail = (1 - in_unit("level", level)) / 2
+    tail = (1 - coverage(level)) / 2
     lo, hi = np.nanquantile(np.concatenate(samples), [tail, 1 - tail])
     return Interval(float(estimate), float(lo), float(hi), level, units, "bootstrap-units")
 
@@ -269,7 +242,7 @@ def sign_flip_test(a: ArrayLike, b: ArrayLike | None = None, alternative: str = 
         alternative: ``"greater"``, ``"less"`` or ``"two-sided"``. The least one-sided p is ``2**-n``.
 
     Raises:
-        ValueError: unequal lengths, n out of range, values not finite, unknown ``alternative``.
+        ValueError: as :func:`paired_t_interval`, or an unknown ``alternative``.
 
     Reference: fisher1935design.
 

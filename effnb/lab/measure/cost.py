@@ -76,10 +76,8 @@ def count_flops(
         fn: a module or function; called once.
         args: its arguments.
         backward: also run and count the backward pass to every leaf that requires a gradient.
-        extra: hand formulas, FLOPs by name; naming an op as torch does (``"mv"``) silences the warning about it.
-
-    Returns:
-        The counts; ``unknown`` ops are also warned about.
+        extra: hand formulas, FLOPs by name; naming an op as torch does (``"mv"``) silences the warning that it is
+            ``unknown``.
 
     Raises:
         ValueError: a negative ``extra``, or ``backward`` without an output that requires a gradient.
@@ -94,7 +92,17 @@ def count_flops(
     with _untouched(fn, *args), watcher, counter:
         out = fn(*args)
         if backward:
-            _backward(out)
+            outputs = [t for t in _tensors(out) if t.requires_grad]
+            if not outputs:
+                raise ValueError("backward=True needs an output of fn that requires a gradient, got none")
+            before = [(leaf, leaf.grad) for leaf in _leaves(out)]
+            try:
+                for leaf, _ in before:
+                    leaf.grad = None  # the counter's module hooks bar autograd.grad, so put .grad aside instead
+                torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+            finally:
+                for leaf, gradient in before:
+                    leaf.grad = gradient
     unknown = tuple(sorted(set(watcher.unknown()) - set(extra)))
     if unknown:
         text = f"no FLOPs counted for {', '.join(unknown)}: pass extra={{'{unknown[0]}': ...}} with a hand formula"
@@ -123,12 +131,9 @@ def stored_bytes(source: str | Path | nn.Module | Mapping[str, Any]) -> int:
 
     It is the real size, with index, scales, packing and container; a view is stored with all of its storage.
 
-    Args:
-        source: a path, a module (its ``state_dict``) or a ``state_dict``.
-
     Raises:
         ValueError: the path does not exist.
-        TypeError: ``source`` is something else.
+        TypeError: ``source`` is no path, module (whose ``state_dict`` is taken) or ``state_dict``.
 
     >>> 4000 < stored_bytes({"w": torch.zeros(1000)}) < 6000
     True
@@ -141,8 +146,7 @@ def stored_bytes(source: str | Path | nn.Module | Mapping[str, Any]) -> int:
     if not isinstance(source, nn.Module | Mapping):
         raise TypeError(f"source must be a path, a module or a state_dict, got {type(source).__name__}")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "state.pt"
-        torch.save(source.state_dict() if isinstance(source, nn.Module) else source, path)
+        torch.save(source.state_dict() if isinstance(source, nn.Module) else source, path := Path(folder, "state.pt"))
         return path.stat().st_size
 
 
@@ -151,11 +155,8 @@ def saved_activation_bytes(fn: Callable[..., Any], *args: Any) -> int:
 
     Left out are the storages of every trainable ``nn.Parameter`` in the graph and of all parameters and buffers of
     modules among ``fn`` and ``args``: hand a model with frozen weights over as an argument. The input counts if it
-    is kept. The global random state and the modules' buffers stay as they were.
-
-    Args:
-        fn: a module or function; called once with gradients on.
-        args: its arguments.
+    is kept. ``fn`` is called once, with gradients on; the global random state and the modules' buffers stay as they
+    were.
 
     >>> saved_activation_bytes(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.zeros(2, 4))
     64
@@ -169,7 +170,7 @@ def saved_activation_bytes(fn: Callable[..., Any], *args: Any) -> int:
     with _untouched(fn, *args), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = fn(*args)
     owned = [leaf for leaf in _leaves(out) if isinstance(leaf, nn.Parameter)]
-    for module in _modules(fn, *args):
+    for module in (m for m in (fn, *args) if isinstance(m, nn.Module)):
         owned += [*module.parameters(), *module.buffers()]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     for tensor in owned:
@@ -191,16 +192,13 @@ class _Elements(TorchDispatchMode):
 
     def unknown(self) -> list[str]:
         """Names of the ops with more than 1 % of the elements that are neither counted nor a few operations each."""
-        floor = 0.01 * sum(self.elements.values())
-        heavy = [op for op, count in self.elements.items() if count > floor and not _is_known(op)]
-        return [op.name().partition(".")[0].removeprefix("aten::") for op in heavy]
-
-
-def _is_known(op: Any) -> bool:
-    packet = op.overloadpacket
-    if packet in flop_registry or op.is_view or torch.Tag.pointwise in op.tags:
-        return True
-    return op.namespace in ("aten", "prim", "prims") and bool(_LINEAR.match(packet.__name__))
+        floor, found = 0.01 * sum(self.elements.values()), []
+        for op in (op for op, count in self.elements.items() if count > floor):
+            packet = op.overloadpacket
+            named = op.namespace in ("aten", "prim", "prims") and _LINEAR.match(packet.__name__)
+            if not (packet in flop_registry or op.is_view or torch.Tag.pointwise in op.tags or named):
+                found.append(op.name().partition(".")[0].removeprefix("aten::"))
+        return found
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -210,21 +208,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | tuple | list):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
-
-
-def _backward(out: Any) -> None:
-    """Run the backward pass from all outputs and give every leaf its own gradient back."""
-    outputs = [t for t in _tensors(out) if t.requires_grad]
-    if not outputs:
-        raise ValueError("backward=True needs an output of fn that requires a gradient, got none")
-    before = [(leaf, leaf.grad) for leaf in _leaves(out)]
-    try:
-        for leaf, _ in before:
-            leaf.grad = None  # the counter's module hooks bar autograd.grad, so put .grad aside instead
-        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-    finally:
-        for leaf, gradient in before:
-            leaf.grad = gradient
 
 
 def _leaves(out: Any) -> list[Tensor]:
@@ -238,14 +221,11 @@ def _leaves(out: Any) -> list[Tensor]:
     return [node.variable for node in nodes if hasattr(node, "variable")]
 
 
-def _modules(*candidates: Any) -> list[nn.Module]:
-    return [c for c in candidates if isinstance(c, nn.Module)]
-
-
 @contextmanager
 def _untouched(*candidates: Any) -> Iterator[None]:
     """Restore the global random state, and the buffers of modules, whatever the call does to them."""
-    buffers = [(b, b.clone()) for module in _modules(*candidates) for b in module.buffers()]
+    modules = [c for c in candidates if isinstance(c, nn.Module)]
+    buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
     try:
         with torch.random.fork_rng():
             yield

@@ -21,24 +21,16 @@ def style() -> None:
     >>> style(); plt.rcParams["svg.hashsalt"]
     'effnb'
     """
-    plt.rcParams.update(
-        {
-            "figure.dpi": 100,
-            "figure.constrained_layout.use": True,
-            "font.size": 9,
-            "axes.titlesize": 10,
-            "axes.titlelocation": "left",
-            "axes.titleweight": "bold",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.prop_cycle": plt.cycler(color=[OURS, BASELINE, SECOND, THIRD, *MORE]),
-            "legend.frameon": False,
-            "lines.linewidth": 1.6,
-            "svg.fonttype": "none",  # text as text: glyph outlines would make a chapter larger than 300 KB
-            "svg.hashsalt": "effnb",
-            "savefig.facecolor": "white",
-        }
-    )
+    plt.rc("figure", dpi=100)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("font", size=9)
+    plt.rc("axes", titlesize=10, titlelocation="left", titleweight="bold")
+    plt.rc("axes", prop_cycle=plt.cycler(color=[OURS, BASELINE, SECOND, THIRD, *MORE]))
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("legend", frameon=False)
+    plt.rc("lines", linewidth=1.6)
+    plt.rc("svg", fonttype="none", hashsalt="effnb")  # text as text: as outlines it would make a chapter too large
+    plt.rc("savefig", facecolor="white")
 
 
 def single() -> tuple[Figure, Axes]:
@@ -60,33 +52,21 @@ def pair(**options: object) -> tuple[Figure, Sequence[Axes]]:
 
 
 def label_end(axes: Axes, x: float, y: float, text: str, color: str = REFERENCE, dy: float = 0.0) -> None:
-    """Write ``text`` just right of the point ``(x, y)``, in the line's colour, instead of a legend.
+    """Write ``text`` just right of a line's last point ``(x, y)``, in the line's colour, instead of a legend.
 
-    Args:
-        axes: where to draw.
-        x: data coordinate of the line's last point.
-        y: the same.
-        text: the label.
-        color: the line's colour.
-        dy: vertical shift in points, to part labels that would overlap.
+    ``dy`` shifts it upwards by points, to part labels that would overlap.
 
     >>> figure, axes = single(); label_end(axes, 1.0, 2.0, "ours", OURS); axes.texts[0].get_text()
     'ours'
     """
-    axes.annotate(
-        text, (x, y), xytext=(4, dy), textcoords="offset points", va="center", color=color, annotation_clip=False
-    )
+    place = {"xytext": (4, dy), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+    axes.annotate(text, (x, y), color=color, **place)
 
 
 def band(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], color: str, **options: object) -> list:
-    """Draw the mean over seeds with a dot for each seed; returns the means.
+    """Draw the mean of ``values``, ``(seeds, len(x))``, with a dot for each seed; return the means.
 
-    Args:
-        axes: where to draw.
-        x: one coordinate a column.
-        values: ``(seeds, len(x))``.
-        color: of line and dots.
-        options: further options of ``axes.plot`` for the mean's line.
+    ``options`` of ``axes.plot`` are for the mean's line.
 
     Raises:
         ValueError: a row's length is not that of ``x``.
@@ -120,10 +100,9 @@ class Picture:
 
     def _repr_html_(self) -> str:
         alt = self.alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-        source = base64.b64encode(self.svg).decode()
-        style = "max-width:100%;background:#fff"
-        kind = "figure wide" if self.wide else "figure"
-        return f'<img class="{kind}" alt="{alt}" style="{style}" src="data:image/svg+xml;base64,{source}">'
+        source, kind = base64.b64encode(self.svg).decode(), "figure wide" if self.wide else "figure"
+        look = f'class="{kind}" alt="{alt}" style="max-width:100%;background:#fff"'
+        return f'<img {look} src="data:image/svg+xml;base64,{source}">'
 
     def __repr__(self) -> str:
         return f"<figure: {self.alt}>"
@@ -132,14 +111,8 @@ class Picture:
 def show(figure: Figure, alt: str) -> Picture:
     """Turn a figure into SVG with alternative text and close it; the last line of a figure's cell.
 
-    The same data give the same bytes: no date and no random ids inside.
-
-    Args:
-        figure: what to show.
-        alt: what a reader who cannot see the figure should know; generated from the data.
-
-    Raises:
-        ValueError: an empty ``alt``.
+    The same data give the same bytes: no date and no random ids inside. ``alt`` is what a reader who cannot see the
+    figure should know, generated from the data; an empty one is a ValueError.
 
     >>> figure, axes = single(); show(figure, "an empty plot")
     <figure: an empty plot>

@@ -11,16 +11,13 @@ from torch import Tensor, nn
 
 
 def seed_everything(seed: int) -> torch.Generator:
-    """Seed Python, NumPy and torch, ask for deterministic algorithms, and return a fresh generator.
+    """Seed Python, NumPy and torch, ask for deterministic algorithms, and return a fresh CPU generator with the seed.
 
     Deterministic algorithms are requested with ``warn_only=True``; TF32 and cuDNN's autotuner are switched off.
     Results are bit-equal on one machine at one thread count; between machines only claims are compared.
 
     Args:
         seed: integer in ``[0, 2**32)`` (NumPy's range).
-
-    Returns:
-        A CPU generator seeded with ``seed``, independent of torch's global one.
 
     Raises:
         TypeError: ``seed`` is not an integer.
@@ -41,7 +38,7 @@ def seed_everything(seed: int) -> torch.Generator:
 
 
 def streams(seed: int, *names: str) -> dict[str, torch.Generator]:
-    """Independent generators named by purpose, such as ``"init"``, ``"data"``, ``"noise"``.
+    """Independent CPU generators, one for each name: a purpose such as ``"init"``, ``"data"``, ``"noise"``.
 
     A stream depends on ``(seed, name)`` alone: adding, dropping or reordering names shifts no other stream.
     torch's CPU generator keeps 32 bits of a seed, so two names meet by chance with probability ``2**-32``.
@@ -49,9 +46,6 @@ def streams(seed: int, *names: str) -> dict[str, torch.Generator]:
     Args:
         seed: integer in ``[0, 2**32)``.
         names: one or more distinct, non-empty purposes.
-
-    Returns:
-        One CPU generator for each name.
 
     Raises:
         TypeError: ``seed`` is not an integer, or a name is not a string.
@@ -66,7 +60,13 @@ def streams(seed: int, *names: str) -> dict[str, torch.Generator]:
         raise TypeError(f"names must be strings, got {names}")
     if not names or "" in names or len(set(names)) < len(names):
         raise ValueError(f"names must be distinct and not empty, got {names}")
-    return {name: torch.Generator().manual_seed(_child(seed, name)) for name in names}
+    found = {}
+    for name in names:
+        # The first word of the child of the seed's sequence whose spawn key is the name's digest.
+        key = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4").tolist()
+        child = np.random.SeedSequence(seed, spawn_key=tuple(key)).generate_state(1)[0]
+        found[name] = torch.Generator().manual_seed(int(child))
+    return found
 
 
 def state_hash(state: nn.Module | Mapping[str, Any] | Tensor) -> str:
@@ -75,9 +75,6 @@ def state_hash(state: nn.Module | Mapping[str, Any] | Tensor) -> str:
     Args:
         state: a module (its ``state_dict`` is taken), a tensor, or a nested ``state_dict``, also an optimizer's.
             Mappings are hashed in the order of their keys' text, sequences in their own order.
-
-    Returns:
-        64 hexadecimal digits.
 
     Raises:
         TypeError: a leaf is neither a tensor nor a plain value (number, string, ``None``).
@@ -97,12 +94,6 @@ def _checked(seed: int) -> int:
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
     return int(seed)
-
-
-def _child(seed: int, name: str) -> int:
-    """The first word of the child of ``SeedSequence(seed)`` whose spawn key is the name's digest."""
-    key = np.frombuffer(hashlib.sha256(name.encode()).digest(), dtype="<u4")
-    return int(np.random.SeedSequence(seed, spawn_key=tuple(key.tolist())).generate_state(1)[0])
 
 
 def _feed(digest: "hashlib._Hash", value: Any) -> None:

@@ -69,12 +69,9 @@ def one_thread() -> Iterator[None]:
 
 
 def measure(f: Call, min_block: float = 0.05, blocks: int = 7) -> float:
-    """Median seconds of one call of ``f`` on one thread, over blocks of at least ``min_block`` seconds.
+    """Median seconds of one call of ``f`` on one thread, over ``blocks`` of at least ``min_block`` seconds.
 
-    Args:
-        f: takes no argument; called at least 3 times before the clock starts. Gradients as the caller set them.
-        min_block: seconds of a block, > 0; the number of calls in it is chosen once.
-        blocks: number of blocks, >= 1.
+    ``f`` is called at least 3 times before the clock starts; the number of calls in a block is then chosen once.
 
     Raises:
         ValueError: ``min_block`` or ``blocks`` out of range, or a block takes 0 s by the clock.
@@ -92,16 +89,14 @@ def measure(f: Call, min_block: float = 0.05, blocks: int = 7) -> float:
 def paired_ratio(f: Call, g: Call, pairs: int = 7, min_block: float = 0.05) -> Ratio:
     """Median of ``seconds(f) / seconds(g)`` over interleaved blocks: ``paired_ratio(peer, ours)`` is our speed-up.
 
-    Blocks run f g g f f g ..., so that drift of the machine falls on both alike. Everything on one thread.
+    Blocks run f g g f f g ..., so that drift of the machine falls on both alike. Everything on one thread. The
+    interval is distribution-free and covers at least 95 %.
 
     Args:
         f: the numerator, takes no argument.
         g: the denominator, takes no argument.
         pairs: pairs of blocks, >= 7; odd counts make the ratio invert exactly when ``f`` and ``g`` are swapped.
         min_block: seconds of a block, > 0.
-
-    Returns:
-        The ratio with a distribution-free interval of at least 95 %.
 
     Raises:
         ValueError: fewer than 7 ``pairs``, ``min_block`` out of range, or a block takes 0 s by the clock.
@@ -122,17 +117,13 @@ def paired_ratio(f: Call, g: Call, pairs: int = 7, min_block: float = 0.05) -> R
             rows.append([_block(call, loops) / loops for call, loops in sides[::turn]][::turn])
     first, second = zip(*rows, strict=True)
     ratios = tuple(a / b for a, b in rows)
-    interval = quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95)
+    low, high = map(float, quantile_test(ratios, q=1.0, p=0.5).confidence_interval(0.95))
     seconds = (statistics.median(first), statistics.median(second))
-    middle = statistics.median(ratios)
-    return Ratio(middle, float(interval.low), float(interval.high), ratios, is_noisy(ratios), seconds)
+    return Ratio(statistics.median(ratios), low, high, ratios, is_noisy(ratios), seconds)
 
 
 def is_noisy(values: Iterable[float]) -> bool:
-    """Whether the interquartile range of ``values`` exceeds 0.2 of their median, or the load the number of cores.
-
-    Args:
-        values: positive ratios or seconds.
+    """Whether the interquartile range of positive ``values`` exceeds .2 of their median, or the load the cores.
 
     >>> is_noisy([1.0, 2.0, 3.0, 4.0])
     True
@@ -142,13 +133,7 @@ def is_noisy(values: Iterable[float]) -> bool:
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:
-    """The mean that fits ratios: swapping numerators and denominators inverts it.
-
-    Args:
-        ratios: one or more positive values.
-
-    Raises:
-        ValueError: none, or a value that is not positive and finite.
+    """The mean that fits ratios, positive and finite: swapping numerators and denominators inverts it.
 
     >>> geometric_mean([2.0, 8.0])
     4.0
@@ -165,9 +150,11 @@ def machine_info() -> dict[str, Any]:
     >>> sorted(machine_info())
     ['cores', 'cpu', 'gpu', 'ram_gb', 'threads']
     """
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    cpu = named[1] if named else platform.processor() or platform.machine()
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cpu = _processor()
     return {"cpu": cpu, "cores": _cores(), "threads": torch.get_num_threads(), "ram_gb": round(ram, 1), "gpu": gpu}
 
 
@@ -177,13 +164,7 @@ def roofline_probe(size: int = 1024, megabytes: int = 128, blocks: int = 5) -> d
     Args:
         size: side of the two square matrices, ``2 size**3`` FLOP.
         megabytes: bytes copied; read and write both count. Choose it well above the last-level cache.
-        blocks: attempts, >= 1.
-
-    Returns:
-        ``{"gflops": ..., "gb_s": ...}``.
-
-    Raises:
-        ValueError: an argument below 1.
+        blocks: attempts; a ValueError unless all three are >= 1.
 
     Reference: williams2009roofline.
 
@@ -231,9 +212,3 @@ def _calibrate(f: Call, min_block: float) -> int:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()

@@ -1,7 +1,6 @@
 """The training loop that all chapters share: seeded, quiet, and leaving everything but the weights as it was."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ def fit(
     generator: torch.Generator,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train ``model`` on ``(x, y)`` held in memory and return the mean loss of each epoch.
+    """Train ``model`` on ``(x, y)`` held in memory and return the mean loss over the examples of each epoch.
 
     ``generator`` drives the shuffling and, through a forked global stream, the model's own noise such as dropout:
     the run depends on nothing else and leaves the global random state untouched. A diverging loss is returned as it
@@ -41,9 +40,6 @@ def fit(
         scheduler: stepped after every batch, not every epoch.
         generator: CPU stream for the order of the examples and for the model's noise.
         on_step: called with the step's number (from 0 over all epochs) and its loss, after the optimizer's step.
-
-    Returns:
-        ``epochs`` floats, means over the examples.
 
     Raises:
         TypeError: ``generator`` or ``optimizer`` is of another type.
@@ -64,10 +60,16 @@ def fit(
     if epochs < 0:
         raise ValueError(f"epochs must be >= 0, got {epochs}")
     losses, step = [], 0
-    with mode_restored(model, train=True), _forked_rng(generator, x.device):
+    seed = int(torch.randint(2**31, (), generator=generator))
+    with mode_restored(model, train=True), torch.random.fork_rng([x.device] if x.is_cuda else []):
+        # The global stream follows `generator`, for dropout can draw from nowhere else.
+        torch.default_generator.manual_seed(seed)
+        if x.is_cuda:
+            with torch.cuda.device(x.device):
+                torch.cuda.manual_seed(seed)
         for _ in range(epochs):
             total = 0.0
-            for batch in _batches(len(x), batch_size, generator, x.device):
+            for batch in torch.randperm(len(x), generator=generator).to(x.device).split(batch_size):
                 value = loss(model(x[batch]), y[batch])
                 optimizer.zero_grad()
                 value.backward()
@@ -92,11 +94,8 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 1024) -> 
         y: int64 labels ``(n,)``.
         batch_size: examples at once, >= 1.
 
-    Returns:
-        A value in ``[0, 100]``.
-
     Raises:
-        ValueError: ``x`` and ``y`` differ in length or are empty; ``batch_size`` below 1.
+        ValueError: as :func:`fit`.
 
     >>> accuracy(nn.Identity(), torch.eye(4), torch.tensor([0, 1, 2, 0]))
     75.0
@@ -113,20 +112,3 @@ def _check_data(x: Tensor, y: Tensor, batch_size: int) -> None:
         raise ValueError(f"x and y must be of one length >= 1, got {len(x)} and {len(y)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be >= 1, got {batch_size}")
-
-
-def _batches(n: int, size: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, ...]:
-    return torch.randperm(n, generator=generator).to(device).split(size)
-
-
-@contextmanager
-def _forked_rng(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Let the global stream follow ``generator`` inside, since dropout can draw from nowhere else."""
-    cuda = device.type == "cuda"
-    seed = int(torch.randint(2**31, (), generator=generator))
-    with torch.random.fork_rng([device] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield

@@ -56,18 +56,9 @@ def page(bench: Mapping[str, Mapping], titles: Mapping[str, str]) -> str:
         titles: system to the chapter's short name, in the order of the book.
     """
     sections, order = [], list(titles)
+    helpers = {"MET": MET, "ratio_text": ratio_text, "bounds": bounds, "judge": judge, "criterion_of": criterion_of}
     for system, record in sorted(bench.items(), key=lambda item: order.index(item[0]) if item[0] in titles else 99):
-        rows = [
-            {
-                "row": row,
-                "ratio": ratio_text(row),
-                "bounds": bounds(row),
-                "word": judge(row),
-                "criterion": criterion_of(row),
-            }
-            for row in rows_of(record)
-        ]
-        table = render("performance.html", rows=rows, MET=MET)
+        table = render("performance.html", rows=rows_of(record), **helpers)
         command = f"```bash\neffnb bench {system}\n```"
         sections.append(f"## {titles.get(system, system)}\n\n{table}\n\n{machine(record)}\n\n{command}")
     return "\n\n".join(sections)

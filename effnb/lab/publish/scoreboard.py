@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from effnb.lab.judge.claims import PASSED
@@ -23,10 +23,7 @@ def flatten(found: Mapping[str, Iterable[Mapping]], chapters: Mapping[str, str])
 
     Args:
         found: profile to its rows of :func:`effnb.lab.judge.results.joined`.
-        chapters: system to the name of its notebook without suffix, ``{"avagrad": "13_avagrad"}``.
-
-    Raises:
-        ValueError: a system with claims has no chapter.
+        chapters: system to the name of its notebook without suffix, ``{"avagrad": "13_avagrad"}``; one for each.
     """
     rows: dict[str, dict] = {}
     for profile in PROFILES:
@@ -34,13 +31,11 @@ def flatten(found: Mapping[str, Iterable[Mapping]], chapters: Mapping[str, str])
             if row["system"] not in chapters:
                 raise ValueError(f"system {row['system']!r} has claims but no notebook; there are {sorted(chapters)}")
             claim, entry = row["claim"], row["entry"]
-            flat = rows.setdefault(
-                claim.id,
-                {key: row[key] for key in ("system", "title", "method")}
-                | {key: getattr(claim, key) for key in ("id", "anchor", "primary", "kind", "statement", "paper")}
-                | {"chapter": chapters[row["system"]], "criterion": claim.criterion, "supersedes": claim.supersedes}
-                | {"expected": claim.expected_at_paper_scale, "paper_value": claim.paper_value, "profiles": {}},
-            )
+            about = {key: row[key] for key in ("system", "title", "method")}
+            about |= {key: getattr(claim, key) for key in ("id", "anchor", "primary", "kind", "statement", "paper")}
+            about |= {"chapter": chapters[row["system"]], "criterion": claim.criterion, "supersedes": claim.supersedes}
+            about |= {"expected": claim.expected_at_paper_scale, "paper_value": claim.paper_value, "profiles": {}}
+            flat = rows.setdefault(claim.id, about)
             if entry:
                 flat["profiles"][profile] = {key: entry.get(key) for key in _SHOWN} | {
                     "verdict": entry["verdict"],
@@ -94,10 +89,9 @@ def tally(rows: Sequence[Mapping]) -> dict:
     >>> found = tally([row]); found["confirmed"], found["stated"]
     (0, 1)
     """
-    found = Counter(row["verdict"] for row in rows)
-    systems: dict[str, Counter] = {}
+    found, systems = Counter(row["verdict"] for row in rows), defaultdict(Counter)
     for row in rows:
-        systems.setdefault(row["system"], Counter())[row["verdict"]] += 1
+        systems[row["system"]][row["verdict"]] += 1
     primary = [row for row in rows if row.get("primary")]
     return {
         "total": len(rows),
@@ -121,11 +115,10 @@ def failures(rows: Iterable[Mapping]) -> list[Mapping]:
 
 def machine_copy(rows: Sequence[Mapping]) -> dict:
     """Return what ``scoreboard.json`` holds: counts and rows, ready for JSON."""
-    kept = [
-        row
-        | {"criterion": row["criterion"].text(), "paper_value": row["paper_value"] and row["paper_value"].model_dump()}
-        for row in rows
-    ]
+    kept = []
+    for row in rows:
+        value = row["paper_value"] and row["paper_value"].model_dump()
+        kept.append(row | {"criterion": row["criterion"].text(), "paper_value": value})
     return {"schema": "effnb-scoreboard/2", **tally(rows), "claims": kept}
 
 
@@ -145,19 +138,11 @@ def board(rows: Sequence[Mapping], ident: str = "board") -> str:
 
 
 def blocks(rows: Sequence[Mapping], results: Sequence[Mapping], toc: Mapping) -> dict[str, str]:
-    """Return every generated block of the prose pages that follows from claims and results.
-
-    Args:
-        rows: flat rows of the scoreboard.
-        results: the chapters' result records, of both profiles.
-        toc: content of ``_toc.yml``.
-    """
-    counts = tally(rows)
-    captions = {
-        chapter["file"].split("/")[-1]: part.get("caption", "")
-        for part in toc.get("parts", [])
-        for chapter in part.get("chapters", [])
-    }
+    """Return every generated block of the prose pages that follows from claims, results and the book's ``_toc.yml``."""
+    counts, captions = tally(rows), {}
+    for part in toc.get("parts", []):
+        names = (chapter["file"].split("/")[-1] for chapter in part.get("chapters", []))
+        captions |= dict.fromkeys(names, part.get("caption", ""))
     chapters = sorted({(r["chapter"], r["system"], r["title"]) for r in rows})
     return {
         "tally": _page("tally.html", counts=counts),
@@ -173,17 +158,7 @@ def blocks(rows: Sequence[Mapping], results: Sequence[Mapping], toc: Mapping) ->
 
 def summary(counts: Mapping) -> str:
     """Return the sentence with the counts that matter, of both questions, the unwelcome ones included."""
-    rest = []
-    for verdict, count in counts["verdicts"].items():
-        if verdict not in PASSED:
-            bad = verdict == "not-reproduced-at-this-scale" and counts["contradicted"]
-            rest.append(
-                f"{count} {LOOKS[verdict].words}" + (f" ({counts['contradicted']} contradicted)" if bad else "")
-            )
-    line = f"**{counts['confirmed']} of {counts['total']}** claims are confirmed against the strongest rival, "
-    line += f"**{counts['stated']}** as the papers state them; of the {counts['primary_total']} primary claims "
-    line += f"{counts['primary_confirmed']} and {counts['primary_stated']}"
-    return line + ("; " + ", ".join(rest) if rest else "") + "."
+    return str(render("summary.md", counts=counts, PASSED=PASSED))
 
 
 def environment(results: Sequence[Mapping]) -> dict[str, str]:
@@ -209,14 +184,10 @@ def environment(results: Sequence[Mapping]) -> dict[str, str]:
 def readme_table(rows: Sequence[Mapping], speed: Mapping[str, str] | None = None) -> str:
     """Return the README's Markdown table: one line a chapter, by its primary claim, with both verdicts.
 
-    Args:
-        rows: all claims.
-        speed: system to the measured speed or memory in words.
+    ``speed`` maps a system to its measured speed or memory in words.
     """
-    lines = [
-        "| Method | Paper's figure | Ours | As stated | Strongest rival | Measured speed or memory |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ("Method", "Paper's figure", "Ours", "As stated", "Strongest rival", "Measured speed or memory")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
 
     def told(verdict: str, contradicted: bool = False) -> str:
         return f"{LOOKS[verdict].sign} {LOOKS[verdict].words}" + ", contradicted" * contradicted
@@ -232,9 +203,9 @@ def readme_table(rows: Sequence[Mapping], speed: Mapping[str, str] | None = None
 
 def pictures(rows: Sequence[Mapping]) -> dict[str, str]:
     """Return the committed pictures by file name: the scoreboard at one glance, and the README's badge."""
-    counts, chapters = tally(rows), {}
+    counts, chapters = tally(rows), defaultdict(list)
     for row in rows:
-        chapters.setdefault(row["chapter"], []).append(row)
+        chapters[row["chapter"]].append(row)
     widest = max((len(c) for c in chapters.values()), default=1)
     left = 64 + round(7.8 * max((len(c[0]["title"]) for c in chapters.values()), default=10))
     legend, x = [], 20.0
@@ -252,5 +223,4 @@ def pictures(rows: Sequence[Mapping]) -> dict[str, str]:
 
 
 def _page(template: str, **values: object) -> str:
-    helpers = {"slug": slug, "scale_text": scale_text}
-    return str(render(template, **helpers, **values)) + "\n"
+    return str(render(template, slug=slug, scale_text=scale_text, **values)) + "\n"

@@ -30,13 +30,10 @@ def load_yaml(path: Path) -> dict:
 
 
 def configure(config: dict) -> dict:
-    """Return the site's configuration with the addresses that the environment gives.
+    """Return the site's configuration, content of ``_config.yml``, with the addresses that the environment gives.
 
     ``EFFNB_REPOSITORY_URL`` replaces the repository, ``EFFNB_REPOSITORY_BRANCH`` the branch of edit and launch links,
     ``EFFNB_SITE_URL`` the address of the site that link previews need.
-
-    Args:
-        config: content of ``_config.yml``; not changed.
     """
     environ, repository = os.environ, dict(config["repository"])
     repository["url"] = (environ.get("EFFNB_REPOSITORY_URL") or repository["url"]).removesuffix(".git").rstrip("/")
@@ -47,10 +44,7 @@ def configure(config: dict) -> dict:
 
 
 def fill(page: str, blocks: Mapping[str, str]) -> str:
-    """Replace every ``<!-- generated: NAME -->`` of a page by ``blocks[NAME]``.
-
-    Raises:
-        ValueError: the page asks for a block that nobody generates.
+    """Replace every ``<!-- generated: NAME -->`` of a page by ``blocks[NAME]``; ValueError where nobody generates it.
 
     >>> fill("a <!-- generated: x --> b", {"x": "1"})
     'a 1 b'
@@ -85,10 +79,7 @@ def rows_of(notebooks: Path, results: Path) -> list[dict]:
 def stage(notebooks: Path, results: Path, folder: Path) -> Path:
     """Assemble the sources of the site in ``folder``, which is emptied first, and fill their generated blocks.
 
-    Args:
-        notebooks: executed chapters.
-        results: folder with one folder a profile, and ``bench/``.
-        folder: where to; made if need be.
+    ``notebooks`` holds executed chapters, ``results`` one folder a profile and ``bench/``.
 
     Raises:
         ValueError: claims without a chapter, or a page that asks for an unknown block.
@@ -106,14 +97,16 @@ def stage(notebooks: Path, results: Path, folder: Path) -> Path:
     sets, rows = load_all(), rows_of(notebooks, results)
     records = [load_result(s.system, "book", results) for s in sets]
     studies = {s.system: load_result(s.system, "study", _studies(results)) for s in sets}
-    titles = {s.system: s.title for s in sets}
-    bench = _bench(results)
+    titles, bench = {s.system: s.title for s in sets}, _bench(results)
+    # Studies whose code or parameters have changed since are named, not failed.
+    older = ", ".join(titles[system] for system, result in studies.items() if result and stale_parts(system, result))
+    told = f"Older than today's code: the studies of {older}." if older else "All studies are of today's code."
     blocks = scoreboard.blocks(rows, list(filter(None, [*records, *studies.values()])), load_yaml(folder / "_toc.yml"))
     blocks |= {
         "failure-count": str(len(scoreboard.failures(rows))),
         "bench-summary": performance.summary(bench),
         "bench": performance.page(bench, {path.stem[3:]: titles.get(path.stem[3:], path.stem) for path in chapters}),
-        "stale-studies": _stale_studies({s: r for s, r in studies.items() if r}, titles),
+        "stale-studies": told,
     }
     config = configure(load_yaml(folder / "_config.yml"))
     for page in sorted((folder / "book").rglob("*.md")):
@@ -127,21 +120,10 @@ def stage(notebooks: Path, results: Path, folder: Path) -> Path:
     return folder
 
 
-def _stale_studies(studies: Mapping[str, dict], titles: Mapping[str, str]) -> str:
-    """Studies whose code or parameters have changed since: named, not failed."""
-    stale = [titles[system] for system, result in studies.items() if stale_parts(system, result)]
-    return (
-        f"Older than today's code: the studies of {', '.join(stale)}." if stale else "All studies are of today's code."
-    )
-
-
 def render(source: Path, target: Path, log: Path) -> list[str]:
-    """Run Jupyter Book on staged sources, every warning an error; return the problems, empty if all is well.
+    """Run Jupyter Book on what :func:`stage` made, every warning an error; return the problems, empty if all is well.
 
-    Args:
-        source: what :func:`stage` made.
-        target: Jupyter Book puts ``_build/html`` inside.
-        log: receives the builder's whole output.
+    The pages come to ``target/_build/html``, the builder's whole output to ``log``.
     """
     start = "from jupyter_book.cli.main import main; main()"
     command = [sys.executable, "-c", start, "build", str(source), "--path-output", str(target)]
@@ -158,10 +140,9 @@ def render(source: Path, target: Path, log: Path) -> list[str]:
 
 def finish(html: Path) -> None:
     """Add what a host needs: a front door that keeps link previews, and a file that stops Pages from hiding folders."""
-    home = (html / _HOME).read_text()
-    head = home.partition("<head>")[2].partition("</head>")[0]
-    tags = [line.strip() for line in head.splitlines() if line.strip().startswith(("<meta", "<title"))]
-    tags = [tag.replace("../_static/", "_static/") for tag in tags]
+    head = (html / _HOME).read_text().partition("<head>")[2].partition("</head>")[0]
+    lines = (line.strip().replace("../_static/", "_static/") for line in head.splitlines())
+    tags = [line for line in lines if line.startswith(("<meta", "<title"))]
     page = verdicts.render("front_door.html", home=_HOME, tags=tags)
     (html / "index.html").write_text(f"{page}\n")
     (html / ".nojekyll").touch()
@@ -216,11 +197,7 @@ def build(notebooks_dir: Path | None = None, results_dir: Path | None = None, ou
 
 
 def outdated(results_dir: Path | None = None) -> dict[Path, str]:
-    """Return the README and the committed pictures that do not show the results, with the text they should have.
-
-    Args:
-        results_dir: default the committed ``book/results/``.
-    """
+    """Return the README and the committed pictures that do not show the results, with the text they should have."""
     results, static = Path(results_dir or committed_results()), root() / "book" / "_static"
     rows, readme = rows_of(root() / "notebooks", results), root() / "README.md"
     texts = {static / name: picture for name, picture in scoreboard.pictures(rows).items()}
@@ -235,11 +212,7 @@ def outdated(results_dir: Path | None = None) -> dict[Path, str]:
 
 
 def refresh(results_dir: Path | None = None) -> list[Path]:
-    """Bring the README's table and the committed pictures up to date with the results; return the files changed.
-
-    Args:
-        results_dir: default the committed ``book/results/``.
-    """
+    """Bring the README's table and the committed pictures up to date with the results; return the files changed."""
     texts = outdated(results_dir)
     for path, text in texts.items():
         write_atomically(path, text)

@@ -60,38 +60,18 @@ def sentence(value: str | None) -> Markup:
 
 
 def badge(verdict: str | None, contradicted: bool = False, label: str = "") -> Markup:
-    """Return a verdict as sign, word and colour; ``contradicted`` is added in words.
-
-    Args:
-        verdict: a verdict, None for a claim without a result.
-        contradicted: whether the whole interval lies on the wrong side.
-        label: put before it, such as the profile.
+    """Return a verdict (None for a claim without a result) as sign, word and colour, after ``label``, the profile.
 
     >>> "reproduced" in badge("reproduced")
     True
     """
-    verdict = verdict or UNMEASURED
-    look = LOOKS[verdict]
-    words = f"{look.words}, contradicted" if contradicted else look.words
-    style = f"color:var(--eff-{look.colour},{look.ink});background:var(--eff-{look.colour}-bg,{look.ground})"
-    # The site's style sheet rules the shape; a notebook has none, so the essentials stand here.
-    before = Markup('<span class="eff-label">{}</span> ').format(label) if label else Markup()
-    return Markup(
-        '<span class="eff-verdict eff-{}{}" style="{};border-radius:.8em;padding:.1em .6em">{}'
-        '<span aria-hidden="true">{}</span> {}</span>'
-    ).format(verdict, " eff-contradicted" * contradicted, style, before, look.sign, words)
+    return render("verdict.html", verdict=verdict or UNMEASURED, contradicted=contradicted, label=label)
 
 
 def strip(measured: Mapping | None, criterion: Criterion, width: float = 190.0, height: float = 26.0) -> Markup:
     """Return the estimate and its interval on a line, the region that the criterion allows shaded; empty if unmeasured.
 
-    The axis is logarithmic where all values are positive and span more than a factor of 20.
-
-    Args:
-        measured: the block of a result entry.
-        criterion: that it is judged by.
-        width: of the picture, in pixels.
-        height: the same.
+    The axis is logarithmic where all values are positive and span more than a factor of 20. Sizes are in pixels.
     """
     if (measured or {}).get("estimate") is None:
         return Markup()
@@ -119,12 +99,7 @@ def strip(measured: Mapping | None, criterion: Criterion, width: float = 190.0, 
 
 
 def verdict_pairs(claim: Claim, entries: Mapping[str, Mapping | None]) -> list[dict]:
-    """Return a claim's verdicts, as stated and against the strongest rival, at every profile that was run.
-
-    Args:
-        claim: the claim.
-        entries: profile to the claim's entry, in the order to show.
-    """
+    """Return a claim's verdicts, as stated and against the strongest rival, at every profile that was run."""
     return [
         {"profile": profile, "stated": stated_verdict(claim, entry), "rival": entry["verdict"],
          "contradicted": entry["contradicted"], "measured": entry["measured"]}
@@ -152,13 +127,8 @@ def entries_of(claims: ClaimSet, results: Path | None = None) -> dict[str, dict[
 
 def glance(claims: ClaimSet, entries: Mapping[str, Mapping[str, Mapping | None]]) -> Markup:
     """Return *At a glance*: the primary claim with its interval and four small verdicts, the others one line each."""
-    rows = []
-    for claim in sorted(claims.claims, key=lambda claim: not claim.primary):
-        profile, entry = headline(claim, entries[claim.id])
-        rows.append(
-            {"claim": claim, "profile": profile, "entry": entry, "pairs": verdict_pairs(claim, entries[claim.id])}
-        )
-    return render("glance.html", rows=rows)
+    ordered = sorted(claims.claims, key=lambda claim: not claim.primary)
+    return render("glance.html", claims=ordered, entries=entries, headline=headline, verdict_pairs=verdict_pairs)
 
 
 def report(claims: ClaimSet, entries: Mapping[str, Mapping]) -> Markup:

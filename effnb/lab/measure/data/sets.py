@@ -1,15 +1,19 @@
-"""The sets that `load` knows: images, texts and tables of trained networks; graphs are in their own file."""
+"""The sets that `load` knows: images, texts, tables of trained networks and graphs."""
 
+import pickle
+from collections import defaultdict
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
+from effnb.common import check_choice
 from effnb.lab.measure.data import files
-from effnb.lab.measure.data.kinds import Dataset, NasTable, RatedSnippets, Text, rows, stratified
+from effnb.lab.measure.data.kinds import Dataset, Graph, NasTable, RatedSnippets, Text, parted
 
 FASHION_CLASSES = (
     "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -97,8 +101,7 @@ def photo(name: str) -> Tensor:
     from PIL import Image
 
     key = f"scikit-learn/{name}.jpg"
-    path = Path(sklearn.datasets.__file__).parent / "images" / f"{name}.jpg"
-    if not path.is_file():
+    if not (path := Path(sklearn.datasets.__file__).parent / "images" / f"{name}.jpg").is_file():
         raise files.DataError(f"{path} (SHA-256 {files.SHA256[key]}) not found. {files.remedy('photos')}")
     raw = files.verify(path, path.read_bytes(), files.SHA256[key], files.remedy("photos"))
     rgb = np.asarray(Image.open(BytesIO(raw)).convert("RGB"), dtype=np.float64)
@@ -121,11 +124,14 @@ SENTENCE_CLASSES = {
     "subj": ("subjective", "objective"),
 }
 CITED = {
-    "trec": "Li and Roth 2002",
-    "sst2": "Socher et al. 2013",
-    "mr": "Pang and Lee 2005",
-    "subj": "Pang and Lee 2004",
-}
+    "trec": "Li and Roth 2002", "sst2": "Socher et al. 2013", "mr": "Pang and Lee 2005", "subj": "Pang and Lee 2004",
+}  # fmt: skip
+
+
+def fields(relative: str, name: str, count: int) -> list[list[str]]:
+    """Return the lines of a verified text file, each split at its first tabs into `count` fields."""
+    lines = files.read(relative, name).decode("utf-8").removesuffix("\n").split("\n")
+    return [line.split("\t", count - 1) for line in lines]
 
 
 def python_topics() -> Text:
@@ -138,8 +144,7 @@ def python_topics() -> Text:
 def rated_snippets() -> RatedSnippets:
     """Return 10,605 sentences of film reviews and 5,190 of editorials with the mean of about 20 human ratings."""
     relative = "snippets.tsv.xz"
-    lines = files.read(relative, "rated-snippets").decode("utf-8").removesuffix("\n").split("\n")
-    table = pd.DataFrame([line.split("\t", 2) for line in lines], columns=["set", "rating", "text"])
+    table = pd.DataFrame(fields(relative, "rated-snippets", 3), columns=["set", "rating", "text"])
     return RatedSnippets(
         "rated-snippets", f"Hutto and Gilbert 2014, embedded: data/{relative}", files.SHA256[relative], "MIT",
         table.astype({"rating": float}),
@@ -148,8 +153,7 @@ def rated_snippets() -> RatedSnippets:
 
 def sentences(relative: str, name: str) -> tuple[list[str], torch.Tensor]:
     """Return the sentences of a verified file of ``label<TAB>sentence`` lines, and the labels, int64 ``(N,)``."""
-    lines = files.read(relative, name).decode("utf-8").removesuffix("\n").split("\n")
-    pairs = [line.split("\t", 1) for line in lines]
+    pairs = fields(relative, name, 2)
     return [sentence for _, sentence in pairs], torch.tensor([int(label) for label, _ in pairs])
 
 
@@ -158,27 +162,16 @@ def classification(name: str, n_test: int = 1000, seed: int = 0) -> Dataset:
 
     TREC and SST-2 come with their official splits (SST-2 with a validation split). MR and Subj have none:
     `n_test` sentences, stratified by class, are drawn for test by `seed`.
-
-    Args:
-        name: ``"trec"``, ``"sst2"``, ``"mr"`` or ``"subj"``.
-        n_test: size of the test split, only for MR and Subj.
-        seed: that draws it.
-
-    Raises:
-        ValueError: if `n_test` is out of range.
     """
     relatives = sentence_files(name)
-    parts = {relative: sentences(relative, name) for relative in relatives}
-    train = parts[relatives[0]]
-    if len(relatives) == 1:
+    train, *others = (sentences(relative, name) for relative in relatives)
+    if not others:
         if not 1 <= n_test < len(train[0]):
             raise ValueError(f"n_test must be in [1, {len(train[0]) - 1}], got {n_test}")
-        held = stratified(train[1], n_test, seed)
-        kept = torch.ones(len(train[1]), dtype=torch.bool).index_fill_(0, held, False).nonzero().flatten()
-        train, test = [(rows(train[0], index), train[1][index]) for index in (kept, held)]
+        train, test = parted(*train, n_test, seed)
     else:
-        test = parts[relatives[1]]
-    val = parts[relatives[2]] if len(relatives) == 3 else (None, None)
+        test = others[0]
+    val = others[1] if len(others) == 2 else (None, None)
     return Dataset(
         name, f"{CITED[name]}, from EFFNB_DATA", files.joint_digest(relatives), "research use", *train, *test,
         SENTENCE_CLASSES[name], *val,
@@ -220,3 +213,110 @@ def nano_bench(name: str) -> NasTable:
     table = pd.read_csv(BytesIO(files.read(relative, name)), dtype={"edges": str}, index_col="index")
     source = "trained by data/make_nano_bench.py on Fashion-MNIST (Xiao et al. 2017)"
     return NasTable(name, source, files.SHA256[relative], "MIT", table, (), OPERATIONS)
+
+
+# --- graphs ------------------------------------------------------------------------------------------------------
+
+FOLDERS = {"cora": "Cora", "citeseer": "CiteSeer"}
+PARTS = ("x", "tx", "allx", "y", "ty", "ally", "graph", "test.index")
+PUBMED = "planetoid/pubmed_structure/pubmed_graph.npz"
+SPLITS = ("public", "full")
+
+
+class Record:
+    """Holds the attributes of a pickled object and runs none of its class's code."""
+
+
+# Names that Python 2, numpy 1 and old scipy wrote, and what stands for them today.
+ALLOWED = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("scipy.sparse.csr", "csr_matrix"): Record,
+    ("collections", "defaultdict"): defaultdict,
+    ("__builtin__", "list"): list,
+}
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Unpickles arrays, sparse matrices and dicts of lists; refuses every other name."""
+
+    def find_class(self, module: str, name: str) -> object:
+        """Return the object that `ALLOWED` has for a name; UnpicklingError for any other."""
+        try:
+            return ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"a data file may not ask for {module}.{name}") from None
+
+
+def unpickle(raw: bytes) -> object:
+    """Return the content of a Python 2 pickle of Planetoid; sparse matrices come back as `csr_matrix`."""
+    value = SafeUnpickler(BytesIO(raw), encoding="latin1").load()
+    if isinstance(value, Record):
+        return csr_matrix((value.data, value.indices, value.indptr), shape=value._shape)
+    return value
+
+
+def graph_files(name: str) -> tuple[str, ...]:
+    """Return the files of Cora or CiteSeer."""
+    return tuple(f"planetoid/{FOLDERS[name]}/raw/ind.{name}.{part}" for part in PARTS)
+
+
+def masks(n: int, train: np.ndarray, val: np.ndarray, test: np.ndarray, split: str) -> dict[str, Tensor]:
+    """Return the three masks, bool ``(n,)``; ``split="full"`` trains on every node that is in no other part."""
+    parts = {}
+    for key, index in (("train_mask", train), ("val_mask", val), ("test_mask", test)):
+        parts[key] = torch.zeros(n, dtype=torch.bool)
+        parts[key][torch.as_tensor(np.asarray(index, dtype=np.int64))] = True
+    if split == "full":
+        parts["train_mask"] = ~(parts["val_mask"] | parts["test_mask"])
+    return parts
+
+
+def both_directions(pairs: np.ndarray, n: int) -> Tensor:
+    """Return int64 ``(2, E)``: every pair in both directions, sorted, without loops or repeats."""
+    u, v = pairs[pairs[:, 0] != pairs[:, 1]].astype(np.int64).T
+    codes = np.unique(np.concatenate([u * n + v, v * n + u]))
+    return torch.from_numpy(np.stack([codes // n, codes % n]))
+
+
+def planetoid(name: str, split: str = "public") -> Graph:
+    """Return Cora or CiteSeer, read without torch_geometric and without trusting a pickle.
+
+    ``split`` is ``"public"`` (20 training nodes a class / 500 / 1,000) or ``"full"`` (all other nodes train).
+
+    Reference: yang2016planetoid.
+    """
+    check_choice("split", split, SPLITS)
+    *pickles, index = (files.read(relative, name) for relative in graph_files(name))
+    x, tx, allx, y, ty, ally, graph = (unpickle(part) for part in pickles)
+    test = np.array(index.split(), dtype=np.int64)
+    n = int(test.max()) + 1
+    features, onehot = np.zeros((n, x.shape[1]), np.float32), np.zeros((n, y.shape[1]), np.int64)
+    known = np.concatenate([np.arange(allx.shape[0]), test])
+    # CiteSeer: 15 ids of the test range occur nowhere and keep their zero rows.
+    features[known], onehot[known] = vstack([allx, tx]).toarray(), np.concatenate([ally, ty])
+    padded = torch.ones(n, dtype=torch.bool)
+    padded[torch.from_numpy(known)] = False
+    pairs = np.array([(u, v) for u, neighbours in graph.items() for v in neighbours], dtype=np.int64)
+    train = np.arange(len(y))
+    return Graph(
+        name, "Planetoid (Yang et al. 2016), from EFFNB_DATA", files.joint_digest(graph_files(name)), "MIT",
+        both_directions(pairs, n), torch.from_numpy(onehot.argmax(1)),
+        **masks(n, train, np.arange(len(y), len(y) + 500), np.sort(test), split),
+        padded=padded, classes=tuple(map(str, range(y.shape[1]))), x=torch.from_numpy(features),
+    )  # fmt: skip
+
+
+def pubmed_structure(split: str = "public") -> Graph:
+    """Return PubMed's graph, labels and split as `planetoid` does, without features."""
+    check_choice("split", split, SPLITS)
+    name = "pubmed-structure"
+    with np.load(BytesIO(files.read(PUBMED, name)), allow_pickle=False) as stored:
+        n, edges, y = len(stored["y"]), both_directions(stored["edges"], len(stored["y"])), stored["y"]
+        parts = masks(n, stored["train_index"], stored["val_index"], stored["test_index"], split)
+    return Graph(
+        name, "Planetoid (Yang et al. 2016), from EFFNB_DATA", files.joint_digest((PUBMED,)), "MIT", edges,
+        torch.from_numpy(y.astype(np.int64)), **parts, padded=torch.zeros(n, dtype=torch.bool),
+        classes=tuple(map(str, range(int(y.max()) + 1))),
+    )  # fmt: skip
