@@ -93,7 +93,7 @@ def systems() -> dict[str, list[Path]]:
 
 SYSTEMS = systems()
 #: Chapters of the first edition whose cells were moved, not rewritten. None joins; a rewritten one leaves.
-UNSTYLED = {"zico", "cola"}
+UNSTYLED = {"cola"}
 HOUSE = [p for p in SOURCES if p.name != "__init__.py"]
 
 
