@@ -6,7 +6,7 @@ export MPLBACKEND := agg
 .PHONY: book test lint check unit smoke site site-test study bench oldest lab clean
 
 book: $(VENV)/.ready  ## execute every chapter, judge all claims, build the site into _build/html
-	$(BIN)/effnb book --timeout 1800
+	$(BIN)/effnb book
 
 test: lint check unit smoke site-test  ## lint, committed results, unit and property tests, chapters at smoke scale, the site in a browser
 
@@ -14,12 +14,9 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Chapters whose code was moved and that have not been run since; `make book` runs and judges them like all others.
-AWAITING := $(addprefix --awaiting ,unrolled_solvers continuous_sparsification smol zico tips avagrad lbp_wht fast_ntk cola)
-
 check: $(VENV)/.ready
-	$(BIN)/effnb stale --ignore python $(AWAITING)
-	$(BIN)/effnb claims $(AWAITING)
+	$(BIN)/effnb stale --ignore python
+	$(BIN)/effnb claims
 
 unit: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not site"

@@ -92,8 +92,6 @@ def systems() -> dict[str, list[Path]]:
 
 
 SYSTEMS = systems()
-#: Chapters of the first edition whose cells were moved, not rewritten. None joins; a rewritten one leaves.
-UNSTYLED = {"cola"}
 HOUSE = [p for p in SOURCES if p.name != "__init__.py"]
 
 
@@ -129,7 +127,7 @@ def test_nothing_imports_from_benchmarks_or_data():
     for path in SOURCES:
         wrong = {name.split(".")[0] for name in imports_of(path)} & (scripts | {"benchmarks"})
         assert not wrong, f"{path} imports {wrong}"
-    for path in (path for system, path in chapters().items() if system not in UNSTYLED):
+    for path in chapters().values():
         code = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
         text = "\n".join(code)
         wrong = [name for name in scripts if re.search(rf"^\s*(?:from|import) {name}\b", text, re.MULTILINE)]
@@ -301,7 +299,7 @@ SECTIONS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("system", sorted(set(chapters()) - UNSTYLED))
+@pytest.mark.parametrize("system", sorted(chapters()))
 def test_chapters_are_in_the_house_style(system):
     path = chapters()[system]
     cells = json.loads(path.read_text())["cells"]
@@ -330,8 +328,6 @@ def test_chapters_are_in_the_house_style(system):
 def test_no_helper_is_defined_in_two_notebooks():
     homes: dict[str, list[str]] = {}
     for system, path in chapters().items():
-        if system in UNSTYLED:
-            continue
         code = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
         for source in code:
             body = "\n".join(line for line in source.splitlines() if not line.startswith("%"))

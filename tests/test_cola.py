@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
 
 from effnb.finetune import LoRALinear, inject_lora
-from effnb.finetune.cola.lora import adapted_linear
+from effnb.finetune.cola.lora import AdaptedLinear
 
 
 def adapted(fan_in=7, fan_out=5, r=2, alpha=3.0, dtype=torch.float64, seed=0, **options):
@@ -41,10 +41,10 @@ def test_the_layer_is_the_dense_formula(shape, bias):
 
 def test_gradients_are_those_of_the_dense_formula():
     args = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 5), (4, 5), (4,), (2, 5), (4, 2))]
-    assert torch.autograd.gradcheck(lambda *a: adapted_linear(*a, 1.7), args)
-    assert torch.autograd.gradgradcheck(lambda *a: adapted_linear(*a, 1.7), args)
+    assert torch.autograd.gradcheck(lambda *a: AdaptedLinear.apply(*a, 1.7), args)
+    assert torch.autograd.gradgradcheck(lambda *a: AdaptedLinear.apply(*a, 1.7), args)
     without_bias = [*args[:2], *args[3:]]
-    assert torch.autograd.gradcheck(lambda x, W, A, B: adapted_linear(x, W, None, A, B, 0.3), without_bias)
+    assert torch.autograd.gradcheck(lambda x, W, A, B: AdaptedLinear.apply(x, W, None, A, B, 0.3), without_bias)
 
 
 def test_gradients_at_a_fresh_link():

@@ -60,7 +60,6 @@ Chapters = Annotated[list[str] | None, Argument(help="Chapters by system name, a
 Profile = Annotated[
     str, Option(help="Parameter set: smoke (seconds), book (what CI publishes), study (up to an hour, the evidence).")
 ]
-Awaiting = Annotated[list[str] | None, Option(help="A chapter that awaits a run: told, without failing.")]
 Jobs = Annotated[int, Option("--jobs", "-j", min=1, help="Chapters at a time; each uses one thread.")]
 Parameter = Annotated[
     list[str] | None, Option("--parameter", "-p", help="Override one parameter, NAME=VALUE; may be repeated.")
@@ -295,7 +294,6 @@ def claims(
     diff: Annotated[str | None, Option(metavar="REV", help="Show what has changed since a git revision.")] = None,
     built: Annotated[bool, Option("--built", help="Judge the results in _build, not the committed ones.")] = False,
     write: Annotated[bool, Option("--write", help="Also bring README, pictures and notebooks up to date.")] = False,
-    awaiting: Awaiting = None,
 ) -> None:
     """Judge all claims anew from their stored values; ends with code 1 if anything does not fit."""
     if diff is not None:
@@ -310,7 +308,7 @@ def claims(
             chapter.redraw(system, RENDER)
         site.refresh()
     if not built and not problems:
-        problems += chapter.misfits([s for s in systems if s not in (awaiting or [])], RENDER) + benches.problems()
+        problems += chapter.misfits(systems, RENDER) + benches.problems()
     if problems:
         console.print(*(f"[red]claims:[/red] {escape(line)}" for line in problems), sep="\n")
         raise typer.Exit(1)
@@ -325,7 +323,6 @@ def claims(
 def stale_chapters(
     systems: Chapters = None,
     ignore: Annotated[list[str] | None, Option(help="May differ: notebook, parameters, lock or python.")] = None,
-    awaiting: Awaiting = None,
 ) -> None:
     """Name the chapters whose committed result no longer fits their sources; ends with code 1 if there are any.
 
@@ -339,7 +336,7 @@ def stale_chapters(
                 console.print(f"{system}: {told}: {', '.join(left)}")
     if not found:
         console.print("every committed result fits its sources")
-    raise typer.Exit(int(any(profile == "book" and system not in (awaiting or []) for profile, system in found)))
+    raise typer.Exit(int(any(profile == "book" for profile, _ in found)))
 
 
 @app.command()

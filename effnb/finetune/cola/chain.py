@@ -1,5 +1,6 @@
 """Chain of LoRA: train a low-rank update, tie it into the weights, extend by a new one; and the loop over links."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,16 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from effnb.common import check_number
-from effnb.finetune.cola.lora import (
-    LoRALinear,
-    check_ranks,
-    check_sum,
-    factor_dtype,
-    inject_lora,
-    numerical_rank,
-    remove_lora,
-    restore_flags,
-)
+from effnb.finetune.cola.lora import LoRALinear, check_sum, factor_dtype, inject_lora, restore_flags
 from effnb.finetune.cola.peft_backend import PeftAdapters, check_config, scale_of
 
 
@@ -30,44 +22,32 @@ class InjectedAdapters:
         self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self.names = inject_lora(model, targets, rank, scale * rank, **options)
         self.model = model
-        self.limit = min(min(layer.in_features, layer.out_features) for layer in self._layers().values())
+        self.layers: dict[str, LoRALinear] = {name: model.get_submodule(name) for name in self.names}
 
-    def _layers(self) -> dict[str, LoRALinear]:
-        layers = {name: self.model.get_submodule(name) for name in self.names}
-        return {name: layer for name, layer in layers.items() if isinstance(layer, LoRALinear)}
-
-    def weights(self) -> dict[str, Tensor]:
-        """The frozen weight of every adapted layer."""
-        return {name: layer.base.weight for name, layer in self._layers().items()}
-
-    def factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """``A``, ``B`` and the scale of every adapted layer."""
-        return {name: (layer.A, layer.B, layer.scale) for name, layer in self._layers().items()}
+    def parts(self) -> dict[str, tuple[Tensor, Tensor, Tensor, float]]:
+        """Frozen weight ``(out, in)``, ``A``, ``B`` and scale of every adapted layer."""
+        return {name: (layer.base.weight, layer.A, layer.B, layer.scale) for name, layer in self.layers.items()}
 
     def merge(self) -> None:
-        """Add every update to its frozen weight; all or none."""
-        layers = self._layers()
-        for name, layer in layers.items():
-            check_sum(layer.base.weight, layer.A, layer.B, layer.scale, name)
-        for layer in layers.values():
+        """Add every update to its frozen weight."""
+        for layer in self.layers.values():
             layer.merge_()
 
     def start(self, rank: int) -> None:
         """New factors of the given rank at the same scale."""
-        for layer in dict.fromkeys(self._layers().values()):
+        for layer in dict.fromkeys(self.layers.values()):
             layer.reset_(rank)
 
-    def unload(self) -> nn.Module:
-        """The model with plain layers and the ``requires_grad`` flags that it came with."""
-        remove_lora(self.model)
-        return restore_flags(self.model, self.flags)
+    def unload(self) -> None:
+        """Put the plain layers back, with the ``requires_grad`` flags that the model came with."""
+        for name, layer in self.layers.items():
+            self.model.set_submodule(name, layer.base)
+        self.layers = {}
+        restore_flags(self.model, self.flags)
 
 
 class ChainStateError(RuntimeError, ValueError):
-    """A step of the chain out of turn.
-
-    Reference: xia2024chain
-    """
+    """A step of the chain out of turn."""
 
 
 class ChainOfLoRA:
@@ -80,21 +60,20 @@ class ChainOfLoRA:
     The scale stays that of the first link, so that alpha follows the rank. Where ``peft_config`` is given, the adapters
     are peft's, and ``model`` is a ``PeftModel`` as long as the chain is open.
 
-    Attributes: ``model``, ``names`` of the adapted layers, ``ranks``, ``link`` (from 1), ``scale``.
+    Attributes: ``model`` (plain after :meth:`unload`), ``names`` of the adapted layers, ``ranks``, ``link`` (from 1),
+    ``scale``.
 
     Args:
         model: changed in place, until :meth:`unload`.
         target_modules: endings of module names, or a regular expression; ``peft_config`` has its own.
         ranks: one for each link; ``None`` means three links of rank 8, or of the config's rank.
         alpha: of the first link, the scale is ``alpha / ranks[0]``; ``None`` means a scale of 1, or the config's.
-        dropout: on the adapters' inputs while training.
+        dropout, init, master_dtype: of the adapters, as in :class:`LoRALinear`.
         peft_config: a ``peft.LoraConfig``.
         allow_tied: accept a target whose weight another parameter shares; a knot then changes both.
-        init: law of ``A``, ``"kaiming"`` or ``"gaussian"``.
         modules_to_save: endings of the names of modules that train in full, such as a head; their weights carry on at a
             knot.
         generator: running stream for the factors of all links; ``None`` draws from torch's global one.
-        master_dtype: keep the adapted weights in this precision too, which collects what a knot would round away.
         in_place: with peft, ``False`` merges, unloads and wraps the model again at every knot instead of resetting the
             factors; the weights are the same bit for bit.
         keep_head_state: carry the optimizer state of ``modules_to_save`` over the knots (see :func:`fit_chain`).
@@ -144,7 +123,7 @@ class ChainOfLoRA:
             check_number("alpha", alpha, gt=0)
         common = {"generator": generator, "master_dtype": master_dtype, "allow_tied": allow_tied}
         if peft_config is None:
-            self.ranks = check_ranks((8, 8, 8) if ranks is None else ranks)
+            self.ranks = _checked_ranks((8, 8, 8) if ranks is None else ranks)
             self.scale = 1.0 if alpha is None else alpha / self.ranks[0]
             common |= {"init": init, "modules_to_save": modules_to_save, "dropout": dropout}
             self._adapters = InjectedAdapters(model, target_modules, self.ranks[0], self.scale, **common)
@@ -152,41 +131,33 @@ class ChainOfLoRA:
             check_config(model, peft_config)
             if target_modules is not None or modules_to_save or dropout or init != "kaiming":
                 raise ValueError("target_modules, dropout, init and modules_to_save must be set in peft_config")
-            self.ranks = check_ranks((peft_config.r,) * 3 if ranks is None else ranks)
+            self.ranks = _checked_ranks((peft_config.r,) * 3 if ranks is None else ranks)
             self.scale = scale_of(peft_config) if alpha is None else alpha / self.ranks[0]
             self._adapters = PeftAdapters(model, peft_config, self.ranks[0], self.scale, in_place, **common)
-        self.link, self.keep_head_state, self.keep_links, self.train_A = 1, keep_head_state, keep_links, train_A
-        self._tied = self._unloaded = False
-        self._links: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.names}
-        self._begin(master_dtype)
-
-    def _begin(self, master_dtype: torch.dtype | None) -> None:
+        parts = self._adapters.parts().values()
+        self._limit = min(min(weight.shape) for weight, *_ in parts)
         try:
-            check_ranks(self.ranks, self._adapters.limit)
+            _checked_ranks(self.ranks, self._limit)
         except ValueError:
             self._adapters.unload()
             raise
-        self._freeze_A()
-        if master_dtype is None and any(factor_dtype(w) != w.dtype for w in self._adapters.weights().values()):
+        self.names, self.link, self.train_A = self._adapters.names, 1, train_A
+        self.keep_head_state, self.keep_links = keep_head_state, keep_links
+        self._tied = self._unloaded = False
+        self._links: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.names}
+        for _, A, _, _ in parts:
+            A.requires_grad_(train_A)
+        if master_dtype is None and any(factor_dtype(weight) != weight.dtype for weight, *_ in parts):
             warnings.warn(
                 "base weights of half precision: an update below half an ulp vanishes at a knot, "
                 "master_dtype=torch.float32 keeps it",
-                stacklevel=3,
+                stacklevel=2,
             )
-
-    def _freeze_A(self) -> None:
-        for A, _, _ in self._adapters.factors().values():
-            A.requires_grad_(self.train_A)
 
     @property
     def model(self) -> nn.Module:
         """The model as it is now: adapted, or plain after :meth:`unload`."""
         return self._adapters.model
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the adapted layers."""
-        return self._adapters.names
 
     @property
     def trainable_parameters(self) -> int:
@@ -195,13 +166,10 @@ class ChainOfLoRA:
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The factors ``A`` and ``B`` of the present link."""
-        return list(dict.fromkeys(p for A, B, _ in self._adapters.factors().values() for p in (A, B)))
+        return list(dict.fromkeys(p for _, A, B, _ in self._adapters.parts().values() for p in (A, B)))
 
     def parameters_to_tune(self) -> list[nn.Parameter]:
-        """Everything that requires a gradient, for the link's own new optimizer.
-
-        Ask again after every knot: an optimizer over the old factors trains nothing.
-        """
+        """Everything that requires a gradient. Ask again after every knot: old factors train nothing."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def tie_knot(self) -> None:
@@ -212,12 +180,14 @@ class ChainOfLoRA:
                 knot without :meth:`extend`, or a chain that is unloaded (a ``RuntimeError`` as well).
         """
         self._check_open("tie_knot")
-        factors = self._adapters.factors()
+        parts = self._adapters.parts()
         if not self._has_trained():
             warnings.warn(
                 f"link {self.link} has not trained: is its optimizer over parameters_to_tune()?", stacklevel=2
             )
-        kept = {n: (A.detach().clone(), s * B.detach()) for n, (A, B, s) in factors.items()} if self.keep_links else {}
+        for name, part in parts.items():
+            check_sum(*part, name)
+        kept = {n: (A.detach().clone(), s * B.detach()) for n, (_, A, B, s) in parts.items()} if self.keep_links else {}
         self._adapters.merge()
         for name, pair in kept.items():
             self._links[name].append(pair)
@@ -235,9 +205,10 @@ class ChainOfLoRA:
         if self._unloaded or not self._tied:
             raise ChainStateError("extend must follow tie_knot: the update of this link would be lost")
         rank = self.ranks[min(self.link, len(self.ranks) - 1)] if rank is None else rank
-        check_ranks([rank], self._adapters.limit)
+        _checked_ranks([rank], self._limit)
         self._adapters.start(rank)
-        self._freeze_A()
+        for _, A, _, _ in self._adapters.parts().values():
+            A.requires_grad_(self.train_A)
         self.ranks = (*self.ranks[: self.link], rank, *self.ranks[self.link + 1 :])
         self.link, self._tied = self.link + 1, False
 
@@ -246,7 +217,7 @@ class ChainOfLoRA:
         if not self._unloaded:
             if not self._tied and self._has_trained():
                 self.tie_knot()
-            self._adapters.model = self._adapters.unload()
+            self._adapters.unload()
             self._unloaded = True
         return self.model
 
@@ -266,27 +237,43 @@ class ChainOfLoRA:
             ValueError: an unknown name, a tolerance outside its range, or a chain without ``keep_links``.
         """
         check_number("tolerance", tolerance, gt=0, lt=1)
-        return numerical_rank(self._pairs(name), tolerance)
+        pairs = self._pairs(name)
+        if not pairs:
+            return 0
+        # The triangles of the stacked factors have the singular values of their product.
+        rows = torch.linalg.qr(torch.cat([A for A, _ in pairs]).T).R
+        columns = torch.linalg.qr(torch.cat([B for _, B in pairs], 1)).R
+        values = torch.linalg.svdvals(columns @ rows.T)
+        return int((values > tolerance * values[0]).sum())
 
     def _pairs(self, name: str) -> list[tuple[Tensor, Tensor]]:
         if name not in self._links:
             raise ValueError(f"name must be one of {self.names}, got {name!r}")
         if not self.keep_links:
             raise ChainStateError("the factors of tied links are not kept, make the chain with keep_links=True")
-        pairs = list(self._links[name])
-        if name in self._adapters.factors() and not self._tied:
-            A, B, scale = self._adapters.factors()[name]
+        pairs, parts = list(self._links[name]), self._adapters.parts()
+        if name in parts and not self._tied:
+            _, A, B, scale = parts[name]
             pairs.append((A.detach(), scale * B.detach()))
         return [(A.double(), B.double()) for A, B in pairs]
 
     def _has_trained(self) -> bool:
-        return any(B.detach().any() for _, B, _ in self._adapters.factors().values())
+        return any(B.detach().any() for _, _, B, _ in self._adapters.parts().values())
 
     def _check_open(self, step: str) -> None:
         if self._unloaded:
             raise ChainStateError(f"{step} must come before unload")
         if self._tied:
             raise ChainStateError(f"{step} must follow extend: link {self.link} is tied already")
+
+
+def _checked_ranks(ranks: Sequence[int], limit: float = math.inf) -> tuple[int, ...]:
+    """The ranks, at least one; all are integers from 1 to the shorter side of the smallest layer."""
+    if isinstance(ranks, int) or not len(ranks):
+        raise ValueError(f"ranks must hold one rank for each link, got {ranks!r}")
+    if not all(isinstance(r, int) and not isinstance(r, bool) and 1 <= r <= limit for r in ranks):
+        raise ValueError(f"ranks must be integers in [1, {limit}], got {tuple(ranks)}")
+    return tuple(ranks)
 
 
 # --- the loop over the links: a new optimizer and a new schedule for each
@@ -296,17 +283,12 @@ def linear_decay(optimizer: Optimizer, steps: int, end: float = 0.0) -> LambdaLR
     """A schedule from the optimizer's lr down to ``end`` times it, in equal parts over ``steps``.
 
     Args:
-        optimizer: whose lr is scheduled.
+        optimizer: whose lr is scheduled; step the schedule after every step of it.
         steps: number of steps, >= 1; the first is taken at the full lr.
         end: last factor, in [0, 1], reached after ``steps`` steps.
 
-    Returns:
-        A scheduler to be stepped after every step of the optimizer.
-
     Raises:
         ValueError: ``steps`` below 1 or ``end`` outside [0, 1].
-
-    Reference: xia2024chain
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     >>> schedule = linear_decay(optimizer, 4)
@@ -325,13 +307,8 @@ def split_steps(steps: int | Sequence[int], links: int) -> list[int]:
         steps: the total, >= ``links``, or one count >= 1 for each link.
         links: number of links.
 
-    Returns:
-        One count for each link.
-
     Raises:
         ValueError: fewer steps than links, a list of another length, or a link without a step.
-
-    Reference: xia2024chain
 
     >>> split_steps(11, 3), split_steps([5, 4, 2], 3)
     ([3, 3, 5], [5, 4, 2])
@@ -400,8 +377,7 @@ def fit_chain(
     if not tie and len(set(chain.ranks)) > 1:
         raise ValueError(f"ranks must be equal with tie=False, got {chain.ranks}")
     chain._check_open("fit_chain")
-    history: list[list[float]] = []
-    done, head = 0, {}
+    history, done, head = [], 0, {}
     for count in counts:
         if history and tie:
             chain.extend()
@@ -415,11 +391,10 @@ def fit_chain(
 
 
 def _fit_link(chain, step_fn, done, count, optimizer_factory, scheduler_factory, callback, head):
-    optimizer = optimizer_factory(chain.parameters_to_tune())
-    names = _head_names(chain)
-    for parameter, name in names.items():
-        if name in head:
-            optimizer.state[parameter] = head[name]
+    # A function of its own, since its end frees the optimizer with its moments before the next one is made.
+    optimizer, factors = optimizer_factory(chain.parameters_to_tune()), set(chain.adapter_parameters())
+    rest = {n: p for n, p in chain.model.named_parameters() if p.requires_grad and p not in factors}
+    optimizer.state.update({rest[name]: state for name, state in head.items() if name in rest})
     scheduler = scheduler_factory(optimizer, count) if scheduler_factory else None
     losses = []
     for step in range(done, done + count):
@@ -435,9 +410,4 @@ def _fit_link(chain, step_fn, done, count, optimizer_factory, scheduler_factory,
         if callback:
             callback(chain, step, losses[-1])
     optimizer.zero_grad()
-    return torch.stack(losses).tolist(), {name: optimizer.state[p] for p, name in names.items() if p in optimizer.state}
-
-
-def _head_names(chain: ChainOfLoRA) -> dict[nn.Parameter, str]:
-    factors = set(chain.adapter_parameters())
-    return {p: name for name, p in chain.model.named_parameters() if p.requires_grad and p not in factors}
+    return torch.stack(losses).tolist(), {name: optimizer.state[p] for name, p in rest.items() if p in optimizer.state}

@@ -12,8 +12,6 @@ class FrankWolfeResult(NamedTuple):
 
     Attributes: ``D``, the last iterate; ``gaps``, the dual gap ``<g, D_k - V_k>`` before each step, an upper bound of
     the primal gap for convex f; ``step_sizes``; ``iterates``, ``D_0`` to ``D_steps``.
-
-    Reference: jaggi2013revisiting
     """
 
     D: Tensor
@@ -47,9 +45,6 @@ def frank_wolfe_low_rank(
             (one gradient more), or ``line_search(D, V, gradient)`` that returns the step.
         dtype: of the iterates.
 
-    Returns:
-        The last iterate, the dual gaps, the step sizes and all iterates.
-
     Raises:
         ValueError: a shape, radius or number of steps outside its range, an unknown line search, a gradient of another
             shape or with NaN or Inf, a step outside [0, 1].
@@ -68,34 +63,27 @@ def frank_wolfe_low_rank(
     D = torch.zeros(shape, dtype=dtype)
     gaps, sizes, iterates = [], [], [D]
     for k in range(steps):
-        gradient = _checked(grad_fn(D), D)
+        gradient = grad_fn(D)
+        if gradient.shape != D.shape or not torch.isfinite(gradient).all():
+            raise ValueError(f"grad_fn must return a finite {tuple(D.shape)} matrix, got {tuple(gradient.shape)}")
+        gradient = gradient.detach()
         V = -tau * leading_pair(gradient)[1]
-        gaps.append(((D - V) * gradient).sum().item())
-        gamma = 2 / (k + 2) if line_search is None else _search(line_search, grad_fn, D, V, gradient)
+        gap = ((D - V) * gradient).sum().item()
+        if line_search is None:
+            gamma = 2 / (k + 2)
+        elif line_search == "quadratic":
+            curvature = ((V - D) * (grad_fn(V) - gradient)).sum().item()
+            gamma = min(1.0, gap / curvature) if curvature > 0 else 1.0
+            gamma = gamma if gap > 0 else 0.0
+        else:
+            gamma = float(line_search(D, V, gradient))
+            if not 0 <= gamma <= 1:
+                raise ValueError(f"line_search must return a step in [0, 1], got {gamma}")
         D = (1 - gamma) * D + gamma * V
+        gaps.append(gap)
         sizes.append(gamma)
         iterates.append(D)
     return FrankWolfeResult(D, gaps, sizes, iterates)
-
-
-def _checked(gradient: Tensor, D: Tensor) -> Tensor:
-    if gradient.shape != D.shape or not torch.isfinite(gradient).all():
-        raise ValueError(f"grad_fn must return a finite {tuple(D.shape)} matrix, got {tuple(gradient.shape)}")
-    return gradient.detach()
-
-
-def _search(rule, grad_fn, D: Tensor, V: Tensor, gradient: Tensor) -> float:
-    if rule != "quadratic":
-        gamma = float(rule(D, V, gradient))
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"line_search must return a step in [0, 1], got {gamma}")
-        return gamma
-    along = V - D
-    slope = (along * gradient).sum().item()
-    curvature = (along * (grad_fn(V) - gradient)).sum().item()
-    if slope >= 0:
-        return 0.0
-    return min(1.0, -slope / curvature) if curvature > 0 else 1.0
 
 
 def leading_pair(matrix: Tensor) -> tuple[Tensor, Tensor]:

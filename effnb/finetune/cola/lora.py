@@ -12,7 +12,6 @@ from torch.nn.utils import parametrize
 
 from effnb.common import check_choice, check_number, near
 
-INITS = ("kaiming", "gaussian")
 # torch.func's transforms need plain operations; without the (private) question they are never assumed.
 _transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
@@ -24,19 +23,12 @@ class AdapterError(TypeError, ValueError):
 # --- the adapted map, in one node of the graph
 
 
-def add_product_(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """``total += scale * left @ right`` in one pass; out of place only where a graph is recorded.
+class AdaptedLinear(torch.autograd.Function):
+    """``x W^T + b + s (x A^T) B^T``.
 
-    It is ``addmm`` into its own argument, since counters of operations do not know ``addmm_``.
-    """
-    return torch.addmm(total, left, right, alpha=scale, out=None if torch.is_grad_enabled() else total)
-
-
-class _AdaptedLinear(torch.autograd.Function):
-    """A product with a short side of ``rank`` runs several times faster with the long side last.
-
-    Everything that has ``rank`` columns is therefore computed as its transpose, and the adapter's part of the input's
-    gradient is added inside the second product instead of in a pass of its own.
+    A product with a short side of ``rank`` runs several times faster with the long side last. Everything that has
+    ``rank`` columns is therefore computed as its transpose, and the adapter's part of the input's gradient is added
+    inside the second product instead of in a pass of its own.
     """
 
     @staticmethod
@@ -44,7 +36,7 @@ class _AdaptedLinear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         xA = A @ flat.t()
         out = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
-        add_product_(out, xA.t(), B.t(), scale)
+        torch.addmm(out, xA.t(), B.t(), alpha=scale, out=out)  # counters of operations do not know `addmm_`
         ctx.save_for_backward(x, weight, A, B, xA)
         ctx.scale = scale
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -57,25 +49,14 @@ class _AdaptedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # a second derivative is wanted, and the saved product has no history
             xA = A @ flat.t()
         gB = B.t().contiguous().mul_(ctx.scale) @ g.t()
-        dx = add_product_(g @ weight, gB.t(), A).view(x.shape) if x_grad else None
+        dx = g @ weight if x_grad else None
+        if x_grad:  # in place, unless a graph is recorded
+            dx = torch.addmm(dx, gB.t(), A, out=None if torch.is_grad_enabled() else dx).view(x.shape)
         dW = g.t() @ flat if weight_grad else None
         db = g.sum(0) if bias_grad else None
         dA = gB @ flat if A_grad else None
         dB = ((xA * ctx.scale) @ g).t() if B_grad else None
         return dx, dW, db, dA, dB, None
-
-
-def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """``x W^T + b + s (x A^T) B^T``, in one node of the graph where dtypes agree and nothing else intervenes."""
-    if x.dtype == weight.dtype == A.dtype and not (_transformed() or torch.is_autocast_enabled(x.device.type)):
-        return _AdaptedLinear.apply(x, weight, bias, A, B, scale)
-    out = F.linear(x, weight, bias)
-    return out + adapter_linear(x, A, B, scale).to(out.dtype)
-
-
-def adapter_linear(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The adapter's part alone, ``s (x A^T) B^T``, in the precision of the factors."""
-    return F.linear(F.linear(x.to(A.dtype), A), B * scale)
 
 
 # --- the merge: what may be merged, and a sum in a precision that keeps it
@@ -106,7 +87,7 @@ def check_sum(weight: Tensor, A: Tensor, B: Tensor, scale: float, name: str = "a
         ValueError: names the adapter; ``weight`` is only read.
     """
     bound = abs(scale) * A.shape[0] * A.abs().max().item() * B.abs().max().item()
-    if not bound < torch.finfo(torch.promote_types(A.dtype, torch.float32)).max:
+    if not bound < torch.finfo(factor_dtype(A)).max:
         raise ValueError(f"{name} must have finite factors, got NaN, Inf or an overflow: the weights stay as they were")
     limit = torch.finfo(weight.dtype).max
     if bound + weight.abs().max().item() >= limit:
@@ -116,86 +97,55 @@ def check_sum(weight: Tensor, A: Tensor, B: Tensor, scale: float, name: str = "a
 
 
 @torch.no_grad()
-def add_low_rank_(weight: Tensor, A: Tensor, B: Tensor, scale: float, master: Tensor | None = None) -> Tensor:
-    """``weight += scale * B @ A`` in place: one rank-r product, in float32 where the weight is of half precision.
-
-    Args:
-        weight: ``(out, in)``.
-        A: ``(r, in)``.
-        B: ``(out, r)``.
-        scale: ``alpha / r``.
-        master: the weight in higher precision; takes the sum, and ``weight`` becomes its rounded copy.
-
-    Returns:
-        ``weight``.
-
-    Raises:
-        ValueError: the factors are not finite or the sum overflows; ``weight`` is unchanged then.
-    """
-    check_sum(weight, A, B, scale)
-    dtype = torch.promote_types(factor_dtype(weight), A.dtype)
-    if master is None and weight.dtype == A.dtype == dtype:
-        return add_product_(weight, B, A, scale)
-    return round_into_(weight, scale * (B.to(dtype) @ A.to(dtype)), master)
-
-
-@torch.no_grad()
 def round_into_(weight: Tensor, delta: Tensor, master: Tensor | None = None) -> Tensor:
     """``weight += delta`` with the sum in the precision of ``delta`` or of ``master``; warns of what rounding loses."""
-    if master is None and weight.dtype == delta.dtype:
+    if master is not None:
+        if not torch.equal(master.to(weight.dtype), weight):
+            master.copy_(weight)  # somebody loaded other weights since
+        return weight.copy_(master.add_(delta))
+    if weight.dtype == delta.dtype:
         return weight.add_(delta)
-    if master is None:
-        start = weight.to(delta.dtype)
-        total = start + delta
-        rounded = total.to(weight.dtype)
-        _warn_of_loss(start, total, rounded)
-        return weight.copy_(rounded)
-    if not torch.equal(master.to(weight.dtype), weight):
-        master.copy_(weight)  # somebody loaded other weights since
-    return weight.copy_(master.add_(delta))
-
-
-def _warn_of_loss(start: Tensor, total: Tensor, rounded: Tensor) -> None:
+    start = weight.to(delta.dtype)
+    total = start + delta
+    rounded = total.to(weight.dtype)
     moved = total != start
-    lost = (moved & (rounded == start)).sum().item() / max(moved.sum().item(), 1)
-    if lost > 0:
+    if lost := (moved & (rounded == start)).sum().item():
         warnings.warn(
-            f"{lost:.0%} of the updates are below half an ulp of {rounded.dtype} and vanish in this merge; "
-            "master_dtype=torch.float32 keeps them",
+            f"{lost / moved.sum().item():.0%} of the updates are below half an ulp of {rounded.dtype} and vanish in "
+            "this merge; master_dtype=torch.float32 keeps them",
             stacklevel=2,
         )
-
-
-def numerical_rank(pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float) -> int:
-    """Rank of the sum of ``B A`` over pairs ``(A, B)``, from the triangles of the stacked factors."""
-    if not pairs:
-        return 0
-    rows = torch.linalg.qr(torch.cat([A for A, _ in pairs]).T).R
-    columns = torch.linalg.qr(torch.cat([B for _, B in pairs], 1)).R
-    values = torch.linalg.svdvals(columns @ rows.T)
-    return int((values > tolerance * values[0]).sum())
-
-
-def check_ranks(ranks: Sequence[int], limit: float = math.inf) -> tuple[int, ...]:
-    """At least one rank, all integers from 1 to the shorter side of the smallest layer."""
-    if isinstance(ranks, int) or not len(ranks):
-        raise ValueError(f"ranks must hold one rank for each link, got {ranks!r}")
-    if not all(isinstance(r, int) and not isinstance(r, bool) and 1 <= r <= limit for r in ranks):
-        raise ValueError(f"ranks must be integers in [1, {limit}], got {tuple(ranks)}")
-    return tuple(ranks)
+    return weight.copy_(rounded)
 
 
 # --- the layer
 
 
+def check_rank(r: int, layer: nn.Linear) -> None:
+    """``1 <= r <= min(in, out)``, an integer."""
+    limit = min(layer.in_features, layer.out_features)
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= limit:
+        raise ValueError(f"r must be an integer in [1, {limit}] for this layer, got {r!r}")
+
+
+def check_options(alpha: float | None, dropout: float, init: str, master_dtype: torch.dtype | None) -> None:
+    """The ranges of an adapter's options."""
+    if alpha is not None:
+        check_number("alpha", alpha, gt=0)
+    check_number("dropout", dropout, ge=0, lt=1)
+    check_choice("init", init, ("kaiming", "gaussian"))
+    if master_dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(f"master_dtype must be torch.float32, torch.float64 or None, got {master_dtype}")
+
+
+@torch.no_grad()
 def draw_factors_(A: Tensor, B: Tensor, init: str, generator: Generator | None = None) -> None:
     """A link's start, in place: ``A`` random (peft's two laws), ``B`` zero, so that the function is unchanged."""
-    with torch.no_grad():
-        if init == "kaiming":
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        else:
-            nn.init.normal_(A, std=1 / A.shape[0], generator=generator)
-        B.zero_()
+    if init == "kaiming":
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+    else:
+        nn.init.normal_(A, std=1 / A.shape[0], generator=generator)
+    B.zero_()
 
 
 class LoRALinear(nn.Module):
@@ -261,8 +211,7 @@ class LoRALinear(nn.Module):
         self.train(base.training)
 
     def _make_factors(self) -> None:
-        weight = self.base.weight
-        like = {"dtype": factor_dtype(weight), "device": weight.device}
+        like = {"dtype": factor_dtype(self.base.weight), "device": self.base.weight.device}
         self.A = nn.Parameter(torch.empty(self.r, self.in_features, **like))
         self.B = nn.Parameter(torch.empty(self.out_features, self.r, **like))
         draw_factors_(self.A, self.B, self.init, self.generator)
@@ -280,19 +229,15 @@ class LoRALinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The effective weight ``W + s B A``; differentiable where gradients are on, cached in evaluation."""
-        if self.training or torch.is_grad_enabled() or not self.merge_on_eval:
-            return self._effective_weight()
-        state = tuple((p, p._version, p.data_ptr()) for p in (self.base.weight, self.A, self.B))
-        if self._cache is None or any(
-            a[0] is not b[0] or a[1:] != b[1:] for a, b in zip(state, self._cache[0], strict=True)
-        ):
-            self._cache = state, self._effective_weight()
-        return self._cache[1]
-
-    def _effective_weight(self) -> Tensor:
-        weight = self.base.weight
-        total = torch.addmm(weight.to(self.A.dtype), self.B, self.A, alpha=self.scale)
-        return total.to(weight.dtype)
+        parts = weight, A, B = self.base.weight, self.A, self.B
+        cached = self.merge_on_eval and not (self.training or torch.is_grad_enabled())
+        state = [(id(p), p._version, p.data_ptr()) for p in parts] if cached else None
+        if cached and self._cache and self._cache[0] == state:
+            return self._cache[1]
+        total = torch.addmm(weight.to(A.dtype), B, A, alpha=self.scale).to(weight.dtype)
+        if cached:
+            self._cache = state, total, parts  # the parts are held: no other tensor may get their ids
+        return total
 
     def delta_weight(self) -> Tensor:
         """The update ``s B A``, of shape ``(out, in)`` and the precision of the factors."""
@@ -300,24 +245,32 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
+        base, A, B = self.base, self.A, self.B
         if self._plain and self.merge_on_eval and not (self.training or torch.is_grad_enabled()):
-            return F.linear(x, self.weight, self.base.bias)
-        if (self.training and self.dropout) or not self._plain:
-            update = adapter_linear(F.dropout(x, self.dropout, self.training), self.A, self.B, self.scale)
-            out = self.base(x)
-            return out + update.to(out.dtype)
-        return adapted_linear(x, self.base.weight, self.base.bias, self.A, self.B, self.scale)
+            return F.linear(x, self.weight, base.bias)
+        fused = self._plain and not (self.training and self.dropout) and x.dtype == base.weight.dtype == A.dtype
+        if fused and not (_transformed() or torch.is_autocast_enabled(x.device.type)):
+            return AdaptedLinear.apply(x, base.weight, base.bias, A, B, self.scale)
+        update = F.linear(F.linear(F.dropout(x, self.dropout, self.training).to(A.dtype), A), B * self.scale)
+        out = base(x)
+        return out + update.to(out.dtype)
 
+    @torch.no_grad()
     def merge_(self) -> "LoRALinear":
         """Move the update into the frozen weight, ``W += s B A``, and set ``B`` to zero: the function is unchanged.
 
         Raises:
             ValueError: NaN or Inf in the factors, or an overflow; ``W`` stays as it was.
         """
-        if self._master is not None:
-            self._master = self._master.to(self.base.weight.device)
-        add_low_rank_(self.base.weight.detach(), self.A.detach(), self.B.detach(), self.scale, self._master)
-        self.B.detach().zero_()
+        weight, A, B = self.base.weight.detach(), self.A, self.B
+        check_sum(weight, A, B, self.scale)
+        dtype = torch.promote_types(factor_dtype(weight), A.dtype)
+        if self._master is None and weight.dtype == A.dtype == dtype:
+            torch.addmm(weight, B, A, alpha=self.scale, out=weight)
+        else:
+            self._master = None if self._master is None else self._master.to(weight.device)
+            round_into_(weight, self.scale * (B.to(dtype) @ A.to(dtype)), self._master)
+        B.zero_()
         return self
 
     def reset_(self, r: int | None = None) -> "LoRALinear":
@@ -348,24 +301,7 @@ class LoRALinear(nn.Module):
         return f"r={self.r}, alpha={self.alpha:g}, dropout={self.dropout:g}"
 
 
-def check_rank(r: int, layer: nn.Linear, name: str = "r") -> None:
-    """``1 <= r <= min(in, out)``, an integer."""
-    limit = min(layer.in_features, layer.out_features)
-    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= limit:
-        raise ValueError(f"{name} must be an integer in [1, {limit}] for this layer, got {r!r}")
-
-
-def check_options(alpha: float | None, dropout: float, init: str, master_dtype: torch.dtype | None) -> None:
-    """The ranges of an adapter's options."""
-    if alpha is not None:
-        check_number("alpha", alpha, gt=0)
-    check_number("dropout", dropout, ge=0, lt=1)
-    check_choice("init", init, INITS)
-    if master_dtype not in (None, torch.float32, torch.float64):
-        raise ValueError(f"master_dtype must be torch.float32, torch.float64 or None, got {master_dtype}")
-
-
-# --- adapters into a model, and back to plain layers
+# --- adapters into a model
 
 
 def inject_lora(
@@ -388,14 +324,8 @@ def inject_lora(
         model: changed in place; nothing is changed where an argument is refused.
         target_modules: endings of module names (``["q", "attn.v"]``), or a string: a regular expression that matches
             the full name, or one ending.
-        r: rank of every adapter.
-        alpha: the scale is ``alpha / r``; ``None`` means a scale of 1.
-        dropout: on the adapters' inputs while training, in [0, 1).
-        init: see :class:`LoRALinear`.
+        r, alpha, dropout, init, generator, master_dtype, merge_on_eval: of every adapter, as in :class:`LoRALinear`.
         modules_to_save: endings of the names of modules that go on training in full, such as a task head.
-        generator: stream for the factors ``A``.
-        master_dtype: see :class:`LoRALinear`.
-        merge_on_eval: see :class:`LoRALinear`.
         allow_tied: accept a target whose weight another parameter shares; a merge then changes both.
 
     Returns:
@@ -417,55 +347,39 @@ def inject_lora(
     check_options(alpha, dropout, init, master_dtype)
     names = find_modules(model, target_modules, "target_modules")
     kept = find_modules(model, modules_to_save, "modules_to_save") if modules_to_save else []
-    check_targets(model, names, r, allow_tied)
+    layers = {name: model.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        check_base(layer, name)
+        check_rank(r, layer)
+    if not allow_tied:
+        check_untied(model, [f"{name}.weight" for name in names])
     if clash := sorted(set(names) & set(kept)):
         raise ValueError(f"target_modules and modules_to_save must not overlap, got {clash} in both")
     model.requires_grad_(False)
     for name in kept:
         model.get_submodule(name).requires_grad_(True)
-    wrapped: dict[nn.Module, LoRALinear] = {}
-    for name in names:
-        layer = model.get_submodule(name)
+    wrapped: dict[nn.Module, LoRALinear] = {}  # a layer that stands in two places keeps one adapter
+    for name, layer in layers.items():
         if layer not in wrapped:
             wrapped[layer] = LoRALinear(layer, r, alpha, dropout, init, generator, master_dtype, merge_on_eval)
         model.set_submodule(name, wrapped[layer])
     return names
 
 
-def remove_lora(model: nn.Module) -> nn.Module:
-    """Put the frozen layers back in the place of their adapters, which are lost unless merged before."""
-    adapters = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALinear)]
-    for name, layer in adapters:
-        model.set_submodule(name, layer.base)
-    return model
-
-
 def find_modules(model: nn.Module, patterns: str | Sequence[str], argument: str) -> list[str]:
     """Names of the modules that match, in the order of the model; every pattern must match one."""
-    listed = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    # Peft's grammar: one string is a regular expression as well, entries of a list are endings.
+    regular = isinstance(patterns, str)
+    listed = [patterns] if regular else list(patterns or ())
     if not listed or not all(isinstance(p, str) and p for p in listed):
         raise ValueError(f"{argument} must name at least one module, got {patterns!r}")
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    # Peft's grammar: one string is a regular expression as well, entries of a list are endings.
-    hits = {p: [n for n in names if _matches(n, p, isinstance(patterns, str))] for p in listed}
-    for pattern, found in hits.items():
-        if not found:
+    names, found = [name for name, _ in model.named_modules(remove_duplicate=False) if name], set()
+    for pattern in listed:
+        hits = [n for n in names if f".{n}".endswith(f".{pattern}") or (regular and re.fullmatch(pattern, n))]
+        if not hits:
             raise ValueError(f"{argument} must match a module, got {pattern!r}; {near(pattern, names)}")
-    return [name for name in names if any(name in found for found in hits.values())]
-
-
-def _matches(name: str, pattern: str, regular: bool) -> bool:
-    ending = name == pattern or name.endswith("." + pattern)
-    return ending or (regular and re.fullmatch(pattern, name) is not None)
-
-
-def check_targets(model: nn.Module, names: list[str], r: int, allow_tied: bool) -> None:
-    """Every target is a plain linear layer of sufficient size whose weight nobody else uses."""
-    for name in names:
-        check_base(model.get_submodule(name), name)
-        check_rank(r, model.get_submodule(name))
-    if not allow_tied:
-        check_untied(model, [f"{name}.weight" for name in names])
+        found.update(hits)
+    return [name for name in names if name in found]
 
 
 def check_untied(model: nn.Module, weights: list[str]) -> None:
@@ -476,14 +390,12 @@ def check_untied(model: nn.Module, weights: list[str]) -> None:
         start, end = spans[weight]
         shared = [name for name, (a, b) in spans.items() if name != weight and a < end and start < b]
         if shared:
-            raise AdapterError(
-                f"{weight} is tied to {shared[0]}: a merge would change both, allow_tied=True accepts that"
-            )
+            told = "a merge would change both, allow_tied=True accepts that"
+            raise AdapterError(f"{weight} is tied to {shared[0]}: {told}")
 
 
-def restore_flags(model: nn.Module, flags: dict[str, bool]) -> nn.Module:
+def restore_flags(model: nn.Module, flags: dict[str, bool]) -> None:
     """Give back the ``requires_grad`` flags, by name, and drop gradients."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(name, parameter.requires_grad))
         parameter.grad = None
-    return model

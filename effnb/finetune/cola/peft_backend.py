@@ -8,23 +8,18 @@ import torch
 from torch import Generator, Tensor, nn
 
 from effnb.common import check_number
-from effnb.finetune.cola.lora import (
-    AdapterError,
-    check_base,
-    check_sum,
-    check_untied,
-    draw_factors_,
-    restore_flags,
-    round_into_,
-)
+from effnb.finetune.cola.lora import AdapterError, check_base, check_untied, draw_factors_, restore_flags, round_into_
 
 # Options of peft with which the update is not s B A, or the start is not the base model.
 REFUSED = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication", "target_parameters")
-ADAPTER = "default"
+ADAPTER, PREFIX = "default", "base_model.model."
 
 
 class PeftAdapters:
-    """Adapters of ``peft.get_peft_model``, reset in place or merged, unloaded and wrapped again at every knot."""
+    """Adapters of ``peft.get_peft_model``, reset in place or merged, unloaded and wrapped again at every knot.
+
+    ``parts``, ``merge``, ``start`` and ``unload`` are those of ``InjectedAdapters``.
+    """
 
     def __init__(
         self,
@@ -32,34 +27,30 @@ class PeftAdapters:
         config: Any,
         rank: int,
         scale: float,
-        in_place: bool = True,
-        generator: Generator | None = None,
-        master_dtype: torch.dtype | None = None,
-        allow_tied: bool = False,
+        in_place: bool,
+        generator: Generator | None,
+        master_dtype: torch.dtype | None,
+        allow_tied: bool,
     ) -> None:
-        check_config(model, config)
         self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
         self.config, self.scale = config, scale
         self.in_place, self.generator, self.master_dtype = in_place, generator, master_dtype
         self.masters: dict[str, Tensor] = {}
-        self.model = self._wrap(model, rank, first=True)
+        self._wrap(model, rank, drawn_by_peft=generator is None)
+        self.names = list(self._layers())
         try:
             self._check_layers(allow_tied)
         except Exception:
-            restore_flags(self._strip(self.model.unload()), self.flags)
+            restore_flags(_strip(self.model.unload()), self.flags)
             raise
-        self.names = [self._short(name) for name in self._layers()]
-        self.limit = min(min(layer.in_features, layer.out_features) for layer in self._layers().values())
 
-    def _wrap(self, model: nn.Module, rank: int, first: bool = False) -> nn.Module:
+    def _wrap(self, model: nn.Module, rank: int, drawn_by_peft: bool = False) -> None:
         from peft import get_peft_model
 
-        own = first and self.generator is None
-        with torch.random.fork_rng(devices=[], enabled=not own):  # the start is drawn below, the same in both variants
-            wrapped = get_peft_model(model, self._config(rank), adapter_name=ADAPTER)
-        if not own:
-            self._draw(wrapped)
-        return wrapped
+        with torch.random.fork_rng(devices=[], enabled=not drawn_by_peft):  # drawn below, alike in both variants
+            self.model = get_peft_model(model, self._config(rank), adapter_name=ADAPTER)
+        if not drawn_by_peft:
+            self._draw()
 
     def _config(self, rank: int) -> Any:
         config = copy.deepcopy(self.config)
@@ -67,99 +58,76 @@ class PeftAdapters:
         config.r, config.lora_alpha = rank, int(alpha) if float(alpha).is_integer() else alpha
         return config
 
-    def _draw(self, model: nn.Module) -> None:
+    def _draw(self) -> None:
         init = "kaiming" if self.config.init_lora_weights is True else "gaussian"
-        for layer in self._layers(model).values():
+        for layer in self._layers().values():
             if self.generator is None:
                 layer.reset_lora_parameters(ADAPTER, self.config.init_lora_weights)
             else:
                 draw_factors_(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, init, self.generator)
 
-    def _layers(self, model: nn.Module | None = None) -> dict[str, nn.Module]:
+    def _layers(self) -> dict[str, nn.Module]:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        return {
-            n: m for n, m in (self.model if model is None else model).named_modules() if isinstance(m, BaseTunerLayer)
-        }
-
-    def _short(self, name: str) -> str:
-        return name.removeprefix("base_model.model.")
+        return {n.removeprefix(PREFIX): m for n, m in self.model.named_modules() if isinstance(m, BaseTunerLayer)}
 
     def _check_layers(self, allow_tied: bool) -> None:
         from peft.tuners.lora.layer import Linear
         from transformers.pytorch_utils import Conv1D
 
-        layers = self._layers()
-        for name, layer in layers.items():
-            check_base(layer.get_base_layer(), self._short(name), (nn.Linear, Conv1D))
+        for name, layer in self._layers().items():
+            check_base(layer.get_base_layer(), name, (nn.Linear, Conv1D))
             if type(layer) is not Linear or getattr(layer, "lora_variant", None):
-                raise AdapterError(f"{self._short(name)} must carry peft's plain LoRA, got {type(layer).__name__}")
+                raise AdapterError(f"{name} must carry peft's plain LoRA, got {type(layer).__name__}")
         if not allow_tied:
-            check_untied(self.model, [f"{name}.base_layer.weight" for name in layers])
+            check_untied(self.model, [f"{PREFIX}{name}.base_layer.weight" for name in self.names])
 
-    def weights(self) -> dict[str, Tensor]:
-        """The frozen weight of every adapted layer, ``(out, in)``."""
-        bases = {name: (layer.get_base_layer().weight, layer) for name, layer in self._layers().items()}
-        return {self._short(n): w.t() if layer.fan_in_fan_out else w for n, (w, layer) in bases.items()}
-
-    def factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """``A``, ``B`` and the scale of every adapted layer."""
-        return {
-            self._short(name): (m.lora_A[ADAPTER].weight, m.lora_B[ADAPTER].weight, m.scaling[ADAPTER])
-            for name, m in self._layers().items()
-        }
+    def parts(self) -> dict[str, tuple[Tensor, Tensor, Tensor, float]]:
+        found = {}
+        for name, layer in self._layers().items():
+            weight = layer.get_base_layer().weight
+            factors = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            found[name] = weight.t() if layer.fan_in_fan_out else weight, *factors, layer.scaling[ADAPTER]
+        return found
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add every update to its frozen weight; all or none."""
-        weights = self.weights()
-        for name, (A, B, scale) in self.factors().items():
-            check_sum(weights[name], A, B, scale, name)
         if self.in_place or self.master_dtype:
             for name, layer in self._layers().items():
-                round_into_(layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER), self._master(name, layer))
+                weight = layer.get_base_layer().weight
+                if self.master_dtype and name not in self.masters:
+                    self.masters[name] = weight.detach().to(self.master_dtype, copy=True)
+                round_into_(weight, layer.get_delta_weight(ADAPTER), self.masters.get(name))
                 layer.lora_B[ADAPTER].weight.zero_()
         if not self.in_place:
-            self.model = self._strip(self.model.merge_and_unload())
-
-    def _master(self, name: str, layer: nn.Module) -> Tensor | None:
-        weight = layer.get_base_layer().weight
-        if self.master_dtype and name not in self.masters:
-            self.masters[name] = weight.detach().to(self.master_dtype, copy=True)
-        return self.masters.get(name)
-
-    def _strip(self, model: nn.Module) -> nn.Module:
-        if hasattr(model, "peft_config"):  # older peft leaves it behind and then warns of a second adapter
-            del model.peft_config
-        return model
+            self.model = _strip(self.model.merge_and_unload())
 
     @torch.no_grad()
     def start(self, rank: int) -> None:
-        """New factors of the given rank at the same scale."""
         if not self.in_place:
-            self.model = self._wrap(self.model, rank)
+            self._wrap(self.model, rank)
             return
-        self.model.peft_config[ADAPTER] = self._config(rank)
+        config = self.model.peft_config[ADAPTER] = self._config(rank)
         for layer in self._layers().values():
-            resize(layer, rank, self.model.peft_config[ADAPTER].lora_alpha)
-        self._draw(self.model)
+            A, B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            A.weight.grad = B.weight.grad = None
+            if rank != layer.r[ADAPTER]:
+                A.weight = nn.Parameter(A.weight.new_empty(rank, A.in_features))
+                B.weight = nn.Parameter(B.weight.new_empty(B.out_features, rank))
+                A.out_features = B.in_features = layer.r[ADAPTER] = rank
+                layer.lora_alpha[ADAPTER] = config.lora_alpha
+        self._draw()
 
-    def unload(self) -> nn.Module:
-        """The model with plain layers and the ``requires_grad`` flags that it came with."""
+    def unload(self) -> None:
         if self._layers():
-            self.model = self._strip(self.model.unload())
-        return restore_flags(self.model, self.flags)
+            self.model = _strip(self.model.unload())
+        restore_flags(self.model, self.flags)
 
 
-def resize(layer: nn.Module, rank: int, alpha: float) -> None:
-    """Give peft's layer factors of another rank; the scale stays. Gradients are dropped."""
-    A, B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    A.weight.grad = B.weight.grad = None
-    if rank != layer.r[ADAPTER]:
-        A.weight = nn.Parameter(A.weight.new_empty(rank, A.in_features))
-        B.weight = nn.Parameter(B.weight.new_empty(B.out_features, rank))
-        A.out_features = B.in_features = layer.r[ADAPTER] = rank
-        layer.lora_alpha[ADAPTER] = alpha
+def _strip(model: nn.Module) -> nn.Module:
+    if hasattr(model, "peft_config"):  # older peft leaves it behind and then warns of a second adapter
+        del model.peft_config
+    return model
 
 
 def check_config(model: nn.Module, config: Any) -> None:

@@ -32,15 +32,12 @@ def read_examples(path: str | Path) -> list[dict[str, Any]]:
 
 def encode(tokenizer: Any, pairs: list[tuple[str, str]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids, attention mask and a mask of the answers' tokens, padded on the right."""
-    prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in pairs]
-    answers = [tokenizer(answer, add_special_tokens=False)["input_ids"] for _, answer in pairs]
-    length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    ids, mask, answered = torch.zeros(3, len(pairs), length, dtype=torch.long)
-    for i, (p, a) in enumerate(zip(prompts, answers, strict=True)):
-        ids[i, : len(p) + len(a)] = torch.tensor(p + a)
-        mask[i, : len(p) + len(a)] = 1
-        answered[i, len(p) : len(p) + len(a)] = 1
-    return ids.to(device), mask.to(device), answered.to(device)
+    columns = []
+    for prompt, answer in pairs:
+        p, a = tokenizer(prompt)["input_ids"], tokenizer(answer, add_special_tokens=False)["input_ids"]
+        columns.append(torch.tensor([p + a, [1] * len(p + a), [0] * len(p) + [1] * len(a)]).T)
+    ids, mask, answered = nn.utils.rnn.pad_sequence(columns, batch_first=True).to(device).unbind(2)
+    return ids, mask, answered
 
 
 def answer_losses(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
