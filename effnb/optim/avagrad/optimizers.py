@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from effnb.common import check_choice
 from effnb.optim.avagrad.fused import check_fusable
-from effnb.optim.functional import Rule, check_grads, joint_gamma, take_step
+from effnb.optim.avagrad.rule import Rule, check_grads
+from effnb.optim.functional import joint_gamma, take_step
 
 STATE = ("exp_avg", "exp_avg_sq", "step")
 
