@@ -1,5 +1,6 @@
 """Run chapters: each by papermill in a process and a folder of its own, several at once; commit what they gave."""
 
+import base64
 import contextlib
 import json
 import os
@@ -33,6 +34,7 @@ TIMEOUTS = {"smoke": 180, "book": 900, "study": 7200}
 _GUESS = {"smoke": 15.0, "book": 60.0, "study": 2400.0}
 _VOLATILE = ("runtime_s", "cpu_s", "hardware", "software", "digest")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_PICTURE = re.compile(r"(?<=data:image/svg\+xml;base64,)[A-Za-z0-9+/=]+")
 #: Tags of the cells that show stored results; what they show follows from those.
 STORED = {"lead", "at-a-glance", "study"}
 #: Tag of a cell that shows stored results, and what draws it: of a system, from a folder of results.
@@ -354,9 +356,22 @@ def normalized(source: Path, executed: Path) -> nbformat.NotebookNode:
                 output.metadata = {}
             if output.output_type == "execute_result":
                 output.execution_count = count
+            if "text/html" in output.get("data", {}):
+                output.data["text/html"] = _PICTURE.sub(_lighter, output.data["text/html"])
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     return notebook
+
+
+def _lighter(picture: re.Match) -> str:
+    """The same picture without what nobody sees: comments, fall-back fonts, indentation, digits below 0.01 points."""
+    svg = base64.b64decode(picture[0]).decode()
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"'DejaVu Sans'(?:, '[^']*')+", "'DejaVu Sans'", re.sub(r">\s+<", "><", svg))
+    short = (r"([1-9]\d*\.\d\d|0\.\d{4})\d+", r"\1"), (r"(?<=[;:]) +| *\n(?=[A-Z])", "")
+    for pattern, kept in short:
+        svg = re.sub(r"<[^>]*>", lambda tag, p=pattern, k=kept: re.sub(p, k, tag[0]), svg)
+    return base64.b64encode(svg.encode()).decode()
 
 
 def outputs_digest(notebook: nbformat.NotebookNode) -> str:
