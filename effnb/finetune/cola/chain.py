@@ -25,7 +25,7 @@ class InjectedAdapters:
         self.layers: dict[str, LoRALinear] = {name: model.get_submodule(name) for name in self.names}
 
     def parts(self) -> dict[str, tuple[Tensor, Tensor, Tensor, float]]:
-        """Frozen weight ``(out, in)``, ``A``, ``B`` and scale of every adapted layer."""
+        """The frozen weight ``(out, in)``, ``A``, ``B`` and the scale of every adapted layer."""
         return {name: (layer.base.weight, layer.A, layer.B, layer.scale) for name, layer in self.layers.items()}
 
     def merge(self) -> None:
