@@ -381,7 +381,7 @@ def ticket_search(
             ``handle.set_beta`` as it goes, and in round 0 calls ``handle.checkpoint()`` at the rewind epoch.
         rounds: number of rounds, >= 1.
         reset: between rounds, ``"paper"`` or ``"official"`` (see :meth:`CSHandle.end_round`).
-        s0, lam, **options: arguments of :func:`apply_cs`.
+        s0, lam, options: arguments of :func:`apply_cs`.
 
     Raises:
         ValueError: ``rounds`` below 1, or an argument of :func:`apply_cs` out of range.

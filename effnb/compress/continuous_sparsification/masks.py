@@ -76,7 +76,7 @@ def full_masks(model: nn.Module, **layers) -> dict[str, Tensor]:
     """Return all-ones masks, layer's name to bool tensor, of the layers that :func:`select_layers` takes.
 
     Args:
-        model, **layers: as in :func:`global_magnitude_mask`.
+        model, layers: as in :func:`global_magnitude_mask`.
 
     >>> full_masks(nn.Linear(2, 1))
     {'': tensor([[True, True]])}
