@@ -420,3 +420,19 @@ def test_two_ranks_with_sharded_parameters_are_one_process(sharded, name):
     assert gammas == pytest.approx(avagrad_ranks.train(model, slice(None), **avagrad_ranks.OPTIONS[name]), rel=1e-5)
     for ours, theirs in zip(weights, model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_step_with_a_scheduler_is_the_plain_one():
+    found = []
+    for wrap in (lambda step: step, torch.compile):
+        model = network()
+        optimizer = AvaGrad(model.parameters(), lr=torch.tensor(0.1))
+        scheduler, step = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9), wrap(optimizer.step)
+        for t in range(4):
+            optimizer.zero_grad()
+            model(torch.full((2, 4), t + 1.0)).square().mean().backward()
+            step()
+            scheduler.step()
+        found.append([p.detach() for p in model.parameters()])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)

@@ -78,6 +78,7 @@ class Scope(NamedTuple):
 
     @classmethod
     def of(cls, params: Tensors) -> "Scope":
+        """The scope of these parameters; a complex entry counts as two."""
         kind = dtensor()
         shards = [(p.device_mesh, p.placements) if isinstance(p, kind) else None for p in params]
         return cls(sum(p.numel() * (1 + p.is_complex()) for p in params), shards)
